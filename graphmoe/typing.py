@@ -1,0 +1,98 @@
+r"""Names of node and edge types, and the plain tuples that travel between layers.
+
+Shape letters, here and in every ``# [N, k, F]`` comment of the library:
+
+==  ==========================================  ==  ================================
+N   tokens (batch and time flattened) or nodes  B   sequences in a batch
+E   experts (primary and ghost)                 T   steps of a sequence
+G   ghost experts                               F   hidden channels
+k   routing edges a token                       D   input and output channels
+R   routing edges, ``N * k``                    M   edges of any graph
+H   hyperedges                                  L   layers
+==  ==========================================  ==  ================================
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch_geometric import EdgeIndex
+
+TOKEN, EXPERT, HYPEREDGE, SLOT, NEURON = "token", "expert", "hyperedge", "slot", "neuron"
+
+ATTENDS = (TOKEN, "attends", TOKEN)
+ROUTES = (TOKEN, "routes", EXPERT)
+COUPLES = (EXPERT, "couples", EXPERT)
+JOINS = (EXPERT, "joins", HYPEREDGE)
+SPREADS = (HYPEREDGE, "spreads", EXPERT)
+RETURNS = (EXPERT, "returns", TOKEN)
+
+NEVER = -1e4
+"""Router logit of an edge that must not exist: finite, and exactly 0 after a softmax in fp32."""
+
+
+class Routing(NamedTuple):
+    """The edges ``token --routes--> expert``, sorted by expert.
+
+    An absent edge (masked token, dormant ghost) is a sentinel: ``expert == E``, stored behind
+    ``ptr[E]``, with weight 0. Shapes are therefore static: ``R = N * k`` always.
+
+    Attributes:
+        token: Source of each edge, ``[R]`` int64.
+        expert: Target of each edge, ``[R]`` int64, ascending, ``E`` for an absent edge.
+        weight: Routing weight of each edge, ``[R]``.
+        logits: Router scores, ``[N, E]``, finite.
+        ptr: Row offsets of the experts, ``[E + 1]`` int64.
+        perm: Place ``n * k + slot`` of each edge in token order, ``[R]`` int64.
+    """
+
+    token: Tensor
+    expert: Tensor
+    weight: Tensor
+    logits: Tensor
+    ptr: Tensor
+    perm: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return self.logits.size(1)
+
+    @property
+    def k(self) -> int:
+        return self.token.numel() // max(self.logits.size(0), 1)
+
+    @property
+    def edge_index(self) -> EdgeIndex:
+        """The present edges ``token -> expert`` as an :class:`EdgeIndex` sorted by expert."""
+        live = int(self.ptr[-1])
+        size = (self.logits.size(0), self.num_experts)
+        return EdgeIndex(
+            torch.stack([self.token[:live], self.expert[:live]]), sparse_size=size, sort_order="col"
+        )
+
+    @property
+    def rows(self) -> EdgeIndex:
+        """The edges ``token -> row``: every routing edge seen as a node, ``[2, R]``."""
+        row = torch.arange(self.token.numel(), device=self.token.device)
+        size = (self.logits.size(0), self.token.numel())
+        return EdgeIndex(torch.stack([self.token, row]), sparse_size=size, sort_order="col")
+
+
+class Record(NamedTuple):
+    """What one MoE layer did in one forward pass; losses, loads and plots are functions of it.
+
+    Attributes:
+        routing: The routing edges.
+        expert_mean: Mean output of each expert over its rows, ``[E, D]`` (0 without rows), or
+            ``None`` where the layer never holds the rows of an expert.
+        attention: Attention of collaborating rows, or ``None``.
+        dropped: Number of edges dropped by a capacity limit, int64 scalar.
+        unexplained: Variance of ``x - mean_e o_e`` over tokens, averaged over channels, scalar,
+            or ``None``.
+    """
+
+    routing: Routing
+    expert_mean: Tensor | None
+    attention: Tensor | None
+    dropped: Tensor
+    unexplained: Tensor | None
