@@ -1,0 +1,175 @@
+"""Edge builders, validation and assembly of the typed graph.
+
+Builders return plain ``edge_index`` tensors ``[2, M]`` (source, target), int64, sorted by target,
+without duplicates. Wrap one in :class:`torch_geometric.EdgeIndex` to carry its size and order.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+from torch_geometric.data import HeteroData
+from torch_geometric.typing import Adj
+from torch_geometric.utils import is_sparse, to_edge_index
+
+from graphmoe.errors import ConfigError, GraphError
+
+STRATEGIES = ("all_pairs", "all_triplets", "all")
+
+
+def complete(num_nodes: int, *, loops: bool = False, device: torch.device | None = None) -> Tensor:
+    """Edges between every ordered pair of ``num_nodes`` nodes, with self-loops if ``loops``."""
+    adjacency = torch.ones(num_nodes, num_nodes, dtype=torch.bool, device=device)
+    if not loops:
+        adjacency.fill_diagonal_(False)
+    target, source = adjacency.nonzero(as_tuple=True)
+    return torch.stack([source, target])
+
+
+def causal(batch_size: int, length: int, *, past: int = 0, device: torch.device | None = None) -> Tensor:
+    """Edges from every token to itself and all later tokens of its sequence.
+
+    Args:
+        batch_size: Number of sequences ``B``.
+        length: Tokens ``T`` of each sequence that receive messages (targets ``b * T + t``).
+        past: Tokens before them that only send. Sources are ``b * (past + T) + s``.
+    """
+    total = past + length
+    allowed = torch.ones(length, total, dtype=torch.bool, device=device).tril(past)
+    return dense_to_edges(allowed.expand(batch_size, length, total))
+
+
+def to_edges(adj: Adj) -> Tensor:
+    """``edge_index [2, M]`` of any adjacency PyG accepts; a sparse matrix is a transposed one."""
+    if not is_sparse(adj):
+        return adj
+    target, source = to_edge_index(adj)[0]
+    return torch.stack([source, target])
+
+
+def dense_to_edges(allowed: Tensor) -> Tensor:
+    """Edges of a boolean mask ``[B, T, S]`` (target, source); sequences keep their own node ids."""
+    batch, target, source = allowed.nonzero(as_tuple=True)
+    return torch.stack([batch * allowed.size(2) + source, batch * allowed.size(1) + target])
+
+
+def co_active(expert: Tensor, num_experts: int) -> Tensor:
+    """Edges between the rows of each token.
+
+    Args:
+        expert: Expert of each row in token order, ``[N, k]``; ``num_experts`` marks an absent row,
+            which gets no edge.
+        num_experts: ``E``.
+
+    Returns:
+        ``[2, M]`` over the ``N * k`` rows, row ``n * k + slot``.
+    """
+    present = expert < num_experts  # [N, k]
+    pair = present.unsqueeze(2) & present.unsqueeze(1)  # [N, k, k]
+    pair = pair & ~torch.eye(expert.size(1), dtype=torch.bool, device=expert.device)
+    return dense_to_edges(pair)
+
+
+def hyperedges(num_experts: int, strategy: str = "all_pairs") -> Tensor:
+    """Incidence ``[2, nnz]`` (expert, hyperedge) of a hyperedge strategy, sorted by hyperedge.
+
+    Args:
+        num_experts: ``E``.
+        strategy: ``all_pairs`` (``E`` choose 2), ``all_triplets`` (``E`` choose 3) or ``all``
+            (one hyperedge of every expert).
+
+    Raises:
+        ConfigError: Unknown strategy, or too few experts for one hyperedge.
+    """
+    if strategy not in STRATEGIES:
+        raise ConfigError(
+            "unknown strategy", "hyperedge_strategy", f"one of {', '.join(STRATEGIES)}", strategy
+        )
+    size = {"all_pairs": 2, "all_triplets": 3, "all": num_experts}[strategy]
+    if num_experts < max(size, 2):
+        raise ConfigError(
+            f"{strategy} needs more experts", "num_experts", f"at least {max(size, 2)}", num_experts
+        )
+    members = list(combinations(range(num_experts), size))
+    expert = torch.tensor(members, dtype=torch.long).flatten()
+    return torch.stack([expert, torch.arange(len(members)).repeat_interleave(size)])
+
+
+def validate(
+    edge_index: Tensor,
+    num_nodes: int | tuple[int, int],
+    *,
+    name: str = "edge_index",
+    sorted_by_target: bool = False,
+) -> Tensor:
+    """Check a user's ``edge_index`` once, at the border, and return it.
+
+    Args:
+        edge_index: ``[2, M]``, integer.
+        num_nodes: Number of nodes, or ``(sources, targets)`` of a bipartite graph.
+        name: What the error calls it.
+        sorted_by_target: Require targets in ascending order.
+
+    Raises:
+        GraphError: Wrong shape or type, an id out of range, or targets out of order.
+    """
+    if not isinstance(edge_index, Tensor) or edge_index.dim() != 2 or edge_index.size(0) != 2:
+        got = tuple(edge_index.shape) if isinstance(edge_index, Tensor) else type(edge_index).__name__
+        raise GraphError("not an edge list", name, "a tensor [2, M]", got)
+    if edge_index.dtype not in (torch.int64, torch.int32):
+        raise GraphError("node ids must be integers", name, "int64", str(edge_index.dtype))
+    sizes = (num_nodes, num_nodes) if isinstance(num_nodes, int) else tuple(num_nodes)
+    if edge_index.numel() == 0:
+        return edge_index
+    low, high = edge_index.min(dim=1).values.tolist(), edge_index.max(dim=1).values.tolist()
+    for row, role in enumerate(("source", "target")):
+        if low[row] < 0 or high[row] >= sizes[row]:
+            bad = low[row] if low[row] < 0 else high[row]
+            raise GraphError(f"{role} id out of range", name, f"ids in [0, {sizes[row]})", bad)
+    if sorted_by_target and bool((edge_index[1].diff() < 0).any()):
+        raise GraphError("targets are not in ascending order", name, "edges sorted by target")
+    return edge_index
+
+
+def to_hetero(
+    num_nodes: Mapping[str, int],
+    edges: Mapping[tuple[str, str, str], Tensor],
+    attributes: Mapping[tuple[str, str, str], Mapping[str, Tensor]] | None = None,
+    node_attributes: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> HeteroData:
+    """Assemble a validated :class:`HeteroData`.
+
+    Args:
+        num_nodes: Nodes of each type.
+        edges: ``edge_index`` of each edge type.
+        attributes: Tensors ``[M, ...]`` of each edge type, by name.
+        node_attributes: Tensors ``[num_nodes, ...]`` of each node type, by name.
+
+    Raises:
+        GraphError: An edge type over unknown nodes, an id out of range, or an attribute whose
+            length differs from what it describes.
+    """
+    data = HeteroData()
+    for node_type, count in num_nodes.items():
+        data[node_type].num_nodes = count
+    for node_type, named in (node_attributes or {}).items():
+        for key, value in named.items():
+            _check_length(value, num_nodes[node_type], f"{node_type}.{key}")
+            data[node_type][key] = value
+    for edge_type, edge_index in edges.items():
+        label = "__".join(edge_type)
+        missing: Sequence[str] = [t for t in (edge_type[0], edge_type[2]) if t not in num_nodes]
+        if missing:
+            raise GraphError("edge type over unknown nodes", label, f"one of {sorted(num_nodes)}", missing[0])
+        validate(edge_index, (num_nodes[edge_type[0]], num_nodes[edge_type[2]]), name=label)
+        data[edge_type].edge_index = edge_index
+        for key, value in (attributes or {}).get(edge_type, {}).items():
+            _check_length(value, edge_index.size(1), f"{label}.{key}")
+            data[edge_type][key] = value
+    return data
+
+
+def _check_length(value: Tensor, length: int, name: str) -> None:
+    if value.size(0) != length:
+        raise GraphError("attribute of the wrong length", name, length, value.size(0))

@@ -1,0 +1,293 @@
+"""The language model: a true transformers model whose blocks are the relations of the typed graph."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import ModelOutput
+
+from graphmoe import loss as losses
+from graphmoe.models.configuration import GraphMoEConfig
+from graphmoe.nn import (
+    AttendConv,
+    Block,
+    CoupleConv,
+    DenseRouter,
+    ExpertConv,
+    FeedForward,
+    HyperCoupleConv,
+    MoELayer,
+    TopKRouter,
+    rotary,
+)
+from graphmoe.typing import Record
+
+
+@dataclass
+class GraphMoEModelOutput(ModelOutput):
+    """Output of :class:`GraphMoEModel`."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    records: tuple[Record, ...] | None = None
+
+
+@dataclass
+class GraphMoECausalLMOutput(ModelOutput):
+    """Output of :class:`GraphMoEForCausalLM`.
+
+    Attributes:
+        loss: ``lm_loss`` plus every auxiliary loss times its coefficient, scalar.
+        logits: ``[B, T, vocab_size]``.
+        lm_loss: Mean cross-entropy of the next token, nats.
+        aux_losses: Unscaled auxiliary losses, averaged over layers, by name.
+        router_logits: Router scores of each layer, ``[B * T, E]``.
+        records: What each MoE layer did, with ``output_records=True``.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    lm_loss: Tensor | None = None
+    aux_losses: dict[str, Tensor] | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    records: tuple[Record, ...] | None = None
+
+
+class GraphMoEPreTrainedModel(PreTrainedModel):
+    config: GraphMoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding | TopKRouter | DenseRouter):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, ExpertConv):
+            init.normal_(module.gate_up_proj, std=std)
+            init.normal_(module.down_proj, std=std * self._branch_scale)
+        elif isinstance(module, CoupleConv):
+            init.normal_(module.gate, std=std)
+            init.zeros_(module.gate_bias)
+            init.normal_(module.adjacency, std=0.02)
+        elif isinstance(module, HyperCoupleConv) and module.weight is not None:
+            init.constant_(module.weight, 0.5413248546129181)  # softplus gives 1
+            if module.group_logits is not None:
+                init.zeros_(module.group_logits)
+        # Modules are initialised children first, so their parents can scale output projections.
+        if isinstance(module, AttendConv):
+            init.normal_(module.lin_out.weight, std=std * self._branch_scale)
+        elif isinstance(module, FeedForward):
+            init.normal_(module.down_proj.weight, std=std * self._branch_scale)
+
+    @property
+    def _branch_scale(self) -> float:
+        return (2 * self.config.num_hidden_layers) ** -0.5
+
+
+class GraphMoEModel(GraphMoEPreTrainedModel):
+    """The decoder without its head. Takes and returns what transformers' decoders do."""
+
+    def __init__(self, config: GraphMoEConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(build_block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> GraphMoEModelOutput:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = (torch.arange(x.size(1), device=x.device) + past).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask,
+            past_key_values=past_key_values, position_ids=position_ids,
+        )  # fmt: skip
+        present = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            present = attention_mask[:, -x.size(1) :].bool()
+        channels = self.config.hidden_size // self.config.num_attention_heads
+        position = rotary(position_ids, channels, theta=self.config.rope_theta, dtype=x.dtype)
+
+        states, records = [x], []
+        for index, layer in enumerate(self.layers):
+            options = {"mask": mask, "present": present, "cache": past_key_values, "layer": index}
+            if self.gradient_checkpointing and self.training:
+                x, record = checkpoint(layer, x, position, use_reentrant=False, **options)
+            else:
+                x, record = layer(x, position, **options)
+            states.append(x)
+            if record is not None:
+                records.append(record)
+        return GraphMoEModelOutput(
+            last_hidden_state=self.norm(x),
+            past_key_values=past_key_values,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            records=tuple(records),
+        )
+
+
+class GraphMoEForCausalLM(GraphMoEPreTrainedModel, GenerationMixin):
+    """Decoder language model of routed, coupled and ghost experts.
+
+    The strength of the orthogonality losses is a buffer, one value a layer, which a training
+    callback may move; it starts at 1 and multiplies both coefficients.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' name)
+
+    def __init__(self, config: GraphMoEConfig):
+        super().__init__(config)
+        self.model = GraphMoEModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("orthogonality_strength", torch.ones(config.num_hidden_layers))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        output_records: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> GraphMoECausalLMOutput:
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )  # fmt: skip
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        total = lm_loss = aux = None
+        if labels is not None:
+            total = lm_loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            aux = self.aux_losses(outputs.records, outputs.last_hidden_state, attention_mask)
+            for name, value in aux.items():
+                total = total + self._coefficient(name) * value
+        records = outputs.records
+        return GraphMoECausalLMOutput(
+            loss=total,
+            logits=logits,
+            lm_loss=lm_loss,
+            aux_losses=aux,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            router_logits=tuple(r.routing.logits for r in records) if output_router_logits else None,
+            records=records
+            if (self.config.output_records if output_records is None else output_records)
+            else None,
+        )
+
+    def aux_losses(
+        self, records: tuple[Record, ...], x: Tensor, attention_mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Unscaled auxiliary losses with a non-zero coefficient, averaged over layers."""
+        if not records:
+            return {}
+        mask = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            mask = attention_mask[:, -x.size(1) :].bool()
+        terms: dict[str, list[Tensor]] = {}
+        for layer, record, strength in zip(
+            self.moe_layers(), records, self.orthogonality_strength, strict=True
+        ):
+            live = torch.ones(record.routing.num_experts, dtype=torch.bool, device=x.device)
+            if layer.ghosts is not None:
+                live = layer.ghosts() > 0
+            if self.config.router_aux_loss_coef:
+                terms.setdefault("balance", []).append(losses.balance(record.routing, mask))
+            if self.config.router_z_loss_coef:
+                terms.setdefault("router_z", []).append(losses.router_z(record.routing, mask))
+            if self.config.orthogonality_output_coef and record.expert_mean is not None:
+                value = strength * losses.orthogonality(record.expert_mean, live)
+                terms.setdefault("orthogonality_output", []).append(value)
+            if self.config.orthogonality_weight_coef:
+                value = strength * losses.orthogonality(layer.experts.gate_up_proj, live)
+                terms.setdefault("orthogonality_weight", []).append(value)
+        return {name: torch.stack(values).mean() for name, values in terms.items()}
+
+    def _coefficient(self, name: str) -> float:
+        field = {"balance": "router_aux_loss_coef", "router_z": "router_z_loss_coef"}.get(
+            name, f"{name}_coef"
+        )
+        return getattr(self.config, field)
+
+    def moe_layers(self) -> list[MoELayer]:
+        """The MoE layers in order; their number is that of the records."""
+        return [b.feed_forward for b in self.model.layers if isinstance(b.feed_forward, MoELayer)]
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one token passes through: everything but the experts it does not take
+        and the rows of the vocabulary that are only looked up."""
+        total = sum(p.numel() for p in self.parameters())
+        for layer in self.moe_layers():
+            experts = sum(p.numel() for p in layer.experts.parameters())
+            served = min(layer.k, layer.num_experts)  # dormant ghosts serve nobody
+            total -= experts - experts * served // (layer.num_experts + layer.num_ghosts)
+        return total
+
+
+def build_block(config: GraphMoEConfig) -> Block:
+    """One block of the language model."""
+    attend = AttendConv(
+        config.hidden_size, config.num_attention_heads,
+        kv_heads=config.num_key_value_heads, dropout=config.attention_dropout,
+    )  # fmt: skip
+    if config.num_experts == 1:
+        feed_forward = FeedForward(config.hidden_size, config.intermediate_size, activation=config.hidden_act)
+    else:
+        feed_forward = MoELayer(
+            config.hidden_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            hidden_channels=config.intermediate_size,
+            activation=config.hidden_act,
+            coupling=config.coupling,
+            coupling_layers=config.coupling_layers,
+            strategy=config.hyperedge_strategy,
+            num_ghosts=config.num_ghosts,
+            ghost_threshold=config.ghost_activation_threshold,
+            ghost_rate=config.ghost_rate,
+            ghost_window=config.ghost_window,
+            track_outputs=config.track_outputs or config.orthogonality_output_coef > 0,
+        )
+    return Block(
+        attend, feed_forward, config.hidden_size, norm_eps=config.rms_norm_eps, dropout=config.dropout
+    )

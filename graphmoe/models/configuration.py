@@ -1,0 +1,97 @@
+from transformers import PreTrainedConfig
+
+from graphmoe.errors import ConfigError
+
+
+class GraphMoEConfig(PreTrainedConfig):
+    r"""Configuration of :class:`GraphMoEForCausalLM`, in transformers' words.
+
+    Args:
+        vocab_size: Tokens of the vocabulary.
+        hidden_size: Channels ``D`` of a token.
+        intermediate_size: Channels ``F`` inside one expert (or inside the dense feed-forward).
+        num_hidden_layers: Blocks ``L``.
+        num_attention_heads: Query heads; divides ``hidden_size`` into even parts.
+        num_key_value_heads: Key and value heads; divides ``num_attention_heads``. Default: as many.
+        max_position_embeddings: Longest sequence the model is meant for.
+        rope_theta: Base of the rotary frequencies.
+        hidden_act: ``swiglu`` or ``gelu``, inside experts.
+        rms_norm_eps: Added to the mean square in RMSNorm.
+        dropout: On residual branches, in training.
+        attention_dropout: On attention weights, in training.
+        initializer_range: Standard deviation of initial weights; output projections are divided by
+            ``sqrt(2 L)``.
+        num_experts: Primary experts of each block; 1 is a dense model without routing.
+        num_experts_per_tok: Experts ``k`` a token, ``1 <= k <= num_experts``.
+        coupling: How the experts of a token talk: ``none``, ``gnn`` or ``hyper``.
+        coupling_layers: Rounds of coupling; ``None``: 2 for ``gnn``, 1 for ``hyper``.
+        hyperedge_strategy: ``all_pairs``, ``all_triplets`` or ``all``.
+        num_ghosts: Ghost experts of each block.
+        ghost_activation_threshold: Saturation above which a ghost wakes.
+        ghost_rate: Level a waking ghost gains per optimiser step.
+        ghost_window: Optimiser steps that saturation averages over.
+        router_aux_loss_coef: Weight of the load-balancing loss.
+        router_z_loss_coef: Weight of the router z-loss.
+        orthogonality_output_coef: Weight of the orthogonality of mean expert outputs.
+        orthogonality_weight_coef: Weight of the orthogonality of first expert matrices.
+        track_outputs: Keep mean expert outputs in the records of an uncoupled model too.
+        output_records: Return routing records by default.
+
+    Raises:
+        ConfigError: Sizes that do not fit one another.
+    """
+
+    model_type = "graphmoe"
+    keys_to_ignore_at_inference = ("past_key_values", "records", "aux_losses")
+
+    vocab_size: int = 4096
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int = 1024
+    rope_theta: float | int = 10000.0
+    hidden_act: str = "swiglu"
+    rms_norm_eps: float = 1e-6
+    dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    initializer_range: float | int = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    coupling: str = "none"
+    coupling_layers: int | None = None
+    hyperedge_strategy: str = "all_pairs"
+    num_ghosts: int = 0
+    ghost_activation_threshold: float | int = 0.01
+    ghost_rate: float | int = 0.01
+    ghost_window: int = 100
+    router_aux_loss_coef: float | int = 0.01
+    router_z_loss_coef: float | int = 0.001
+    orthogonality_output_coef: float | int = 0.0
+    orthogonality_weight_coef: float | int = 0.0
+    track_outputs: bool = False
+    output_records: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_experts"):
+            if getattr(self, name) < 1:
+                raise ConfigError("too small", name, "at least 1", getattr(self, name))
+        if self.num_attention_heads < 1 or self.hidden_size % (2 * self.num_attention_heads):
+            raise ConfigError(
+                "heads must divide hidden_size into even parts", "num_attention_heads",
+                f"a divisor of {self.hidden_size // 2}", self.num_attention_heads,
+            )  # fmt: skip
+        if self.num_experts == 1 and (self.coupling != "none" or self.num_ghosts):
+            raise ConfigError(
+                "one expert has nobody to couple with or to relieve", "num_experts", "at least 2", 1
+            )

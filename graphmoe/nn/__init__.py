@@ -1,0 +1,24 @@
+from graphmoe.nn.attend import AttendConv, rotary
+from graphmoe.nn.block import Block
+from graphmoe.nn.couple import CoupleConv, HyperCoupleConv
+from graphmoe.nn.edge_form import edge_form
+from graphmoe.nn.expert import ExpertConv, FeedForward, GhostGate
+from graphmoe.nn.fuse import SumFusion
+from graphmoe.nn.moe import MoELayer
+from graphmoe.nn.route import DenseRouter, TopKRouter
+
+__all__ = [
+    "AttendConv",
+    "Block",
+    "CoupleConv",
+    "DenseRouter",
+    "ExpertConv",
+    "FeedForward",
+    "GhostGate",
+    "HyperCoupleConv",
+    "MoELayer",
+    "SumFusion",
+    "TopKRouter",
+    "edge_form",
+    "rotary",
+]

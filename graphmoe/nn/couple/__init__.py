@@ -1,0 +1,4 @@
+from graphmoe.nn.couple.couple_conv import CoupleConv
+from graphmoe.nn.couple.hyper_couple_conv import HyperCoupleConv
+
+__all__ = ["CoupleConv", "HyperCoupleConv"]

@@ -1,0 +1,153 @@
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch_geometric.nn import MessagePassing
+from torch_geometric.nn.inits import glorot
+from torch_geometric.typing import Adj, OptTensor
+
+from graphmoe.graph import complete, to_edges
+
+
+class CoupleConv(MessagePassing):
+    r"""One gated round of talk between the experts of a token (the "gnn" coupler).
+
+    .. math::
+        h_i' = h_i + \mathrm{GELU}\Bigl(W_n \sum_{j \ne i}
+            \sigma(A_{e_i e_j})\,\sigma(w^\top[h_i \,\|\, h_j] + b)\,h_j + W_s h_i\Bigr)
+
+    ``A`` is a learned adjacency over expert ids, drawn around 0 so that every pair starts half
+    open; the second gate depends on the token.
+
+    Edges: expert -> expert of one token. Leading dimensions are tokens that share the edges and
+    never exchange messages. Without ``edge_index`` the graph is complete and the messages of a token are
+    one small batched matrix product.
+
+    Args:
+        in_channels: Channels ``F`` of a row.
+        num_experts: Size ``E`` of the learned adjacency; ``None`` leaves it out.
+        **kwargs: Arguments of :class:`torch_geometric.nn.MessagePassing`.
+
+    Shapes:
+        - **input:** ``x [*, nodes, F]``; ``edge_index [2, M]`` or ``None``; ``expert [*, nodes]``
+          expert ids (``E`` for an absent row, which neither speaks nor listens; default: the node
+          index); ``edge_weight``, ``[M]`` or ``[*, M]`` with ``edge_index``, else dense
+          ``[*, nodes, nodes]`` (target, source); ``level [E]``: how far each expert is there, a
+          factor of every gate to and from it.
+        - **output:** ``[*, nodes, F]``; with ``return_attention_weights=True`` also
+          ``(edge_index, gates [*, M])``.
+    """
+
+    def __init__(self, in_channels: int, num_experts: int | None = None, **kwargs):
+        super().__init__(aggr="sum", node_dim=-2, **kwargs)
+        self.in_channels, self.num_experts = in_channels, num_experts
+        self.fuse = True
+        self.lin_neighbor = nn.Linear(in_channels, in_channels, bias=False)
+        self.lin_self = nn.Linear(in_channels, in_channels, bias=False)
+        self.gate = nn.Parameter(torch.empty(2, in_channels))  # w, split into target and source
+        self.gate_bias = nn.Parameter(torch.empty(1))
+        if num_experts is not None:
+            self.adjacency = nn.Parameter(torch.empty(num_experts, num_experts))
+        else:
+            self.register_parameter("adjacency", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.lin_neighbor.reset_parameters()
+        self.lin_self.reset_parameters()
+        glorot(self.gate)
+        nn.init.zeros_(self.gate_bias)
+        if self.adjacency is not None:
+            nn.init.normal_(self.adjacency, std=0.02)
+
+    def forward(
+        self,
+        x: Tensor,
+        edge_index: Adj | None = None,
+        expert: Tensor | None = None,
+        edge_weight: Tensor | None = None,
+        level: Tensor | None = None,
+        return_attention_weights: bool = False,
+    ):
+        if edge_index is None and self.fuse and not return_attention_weights:
+            return self._update(x, self.gates(x, expert, edge_weight, level) @ x)
+        if edge_index is None:
+            edge_index = complete(x.size(-2), device=x.device)
+            if edge_weight is not None:
+                edge_weight = edge_weight[..., edge_index[1], edge_index[0]]
+        else:
+            edge_index = to_edges(edge_index)
+        if edge_weight is None:
+            edge_weight = x.new_ones(edge_index.size(1))
+        target, source = (x @ self.gate.t()).split(1, dim=-1)  # [*, nodes, 1]
+        gate = self.edge_updater(
+            edge_index,
+            score=(source, target + self.gate_bias),
+            expert=self._experts(x, expert),
+            edge_weight=edge_weight,
+            level=level,
+        )
+        out = self._update(x, self.propagate(edge_index, x=x, gate=gate))
+        return (out, (edge_index, gate.squeeze(-1))) if return_attention_weights else out
+
+    def gates(
+        self,
+        x: Tensor,
+        expert: Tensor | None = None,
+        edge_weight: Tensor | None = None,
+        level: Tensor | None = None,
+    ) -> Tensor:
+        """Gates of the complete graph, dense ``[*, nodes, nodes]`` (target, source), diagonal 0."""
+        target, source = (x @ self.gate.t()).split(1, dim=-1)
+        gate = torch.sigmoid(target + source.transpose(-1, -2) + self.gate_bias)
+        ids = self._experts(x, expert).squeeze(-1)
+        gate = gate * self._pair(ids.unsqueeze(-1), ids.unsqueeze(-2), level)
+        if edge_weight is not None:
+            gate = gate * edge_weight
+        return gate * (1 - torch.eye(x.size(-2), dtype=x.dtype, device=x.device))
+
+    def connections(self, level: Tensor | None = None) -> Tensor:
+        """Strength ``sigmoid(A)`` (times the levels) of each connection, ``[E, E]`` (target,
+        source), diagonal 0: the part of the gates that does not depend on the token."""
+        ids = torch.arange(self.num_experts, device=self.gate.device)
+        strength = self._pair(ids.unsqueeze(1), ids.unsqueeze(0), level)
+        return strength * (1 - torch.eye(len(ids), dtype=strength.dtype, device=ids.device))
+
+    def _experts(self, x: Tensor, expert: Tensor | None) -> Tensor:
+        if expert is None:
+            expert = torch.arange(x.size(-2), device=x.device)
+        return expert.unsqueeze(-1)  # a node attribute [*, nodes, 1]
+
+    def _pair(self, target: Tensor, source: Tensor, level: Tensor | None) -> Tensor:
+        """Strength of a pair of expert ids, 0 where one is absent."""
+        if self.adjacency is None:
+            return torch.ones((), dtype=self.gate.dtype, device=self.gate.device)
+        table = self.adjacency.sigmoid()
+        if level is not None:
+            table = table * (level.unsqueeze(1) * level).to(table.dtype)
+        # A row and a column of zeros answer for absent rows. index_select on the flat table: the
+        # backward of table[i, j] is a slow index_put.
+        table = F.pad(table, (0, 1, 0, 1))
+        flat = target * (self.num_experts + 1) + source
+        return table.flatten().index_select(0, flat.flatten()).view(flat.shape)
+
+    def _update(self, x: Tensor, heard: Tensor) -> Tensor:
+        return x + F.gelu(self.lin_neighbor(heard) + self.lin_self(x))
+
+    def edge_update(
+        self,
+        score_i: Tensor,
+        score_j: Tensor,
+        expert_i: Tensor,
+        expert_j: Tensor,
+        edge_weight: Tensor,
+        level: OptTensor,
+    ) -> Tensor:
+        pair = self._pair(expert_i, expert_j, level)
+        return torch.sigmoid(score_i + score_j) * pair * edge_weight.unsqueeze(-1)
+
+    def message(self, x_j: Tensor, gate: Tensor) -> Tensor:
+        return gate * x_j
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.in_channels}, num_experts={self.num_experts})"

@@ -1,0 +1,213 @@
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graphmoe.errors import ConfigError
+from graphmoe.nn.couple import CoupleConv, HyperCoupleConv
+from graphmoe.nn.expert import ExpertConv, GhostGate
+from graphmoe.nn.fuse import SumFusion
+from graphmoe.nn.route import DenseRouter, TopKRouter
+from graphmoe.typing import Record, Routing
+
+COUPLINGS = ("none", "gnn", "hyper")
+
+
+class MoELayer(nn.Module):
+    r"""A mixture of experts on the nodes of any graph: route, apply, couple, return.
+
+    .. math::
+        y_n = \sum_{r \in n} w_r\, h_r, \qquad h = \mathrm{couple}(o), \qquad o_r = f_{e_r}(x_n)
+
+    ``couple`` never crosses tokens: rows of one token exchange messages, then return to it. With
+    ``gnn`` it is :class:`CoupleConv`; with ``hyper`` it is ``h + GELU(HyperCoupleConv(h))``; both are
+    repeated ``coupling_layers`` times.
+
+    Dropped into a GNN between two convolutions it is an MoE GNN::
+
+        conv, moe = GCNConv(34, 64), MoELayer(64, num_experts=8, k=2)
+        x = moe(conv(x, edge_index).relu())
+
+    Args:
+        in_channels: Channels ``D`` in and out.
+        num_experts: Primary experts.
+        k: Experts a token, ``1 <= k <= num_experts``; ``k = num_experts`` means every live expert.
+        hidden_channels: Channels ``F`` inside an expert. Default: ``4 * D``.
+        activation: ``swiglu`` or ``gelu``.
+        coupling: ``none``, ``gnn`` or ``hyper``.
+        coupling_layers: Rounds of coupling. Default: 2 for ``gnn``, 1 for ``hyper``.
+        strategy: Hyperedges of ``hyper``: ``all_pairs``, ``all_triplets`` or ``all``.
+        num_ghosts: Ghost experts beside the primary ones; asleep until a training callback wakes them.
+        ghost_threshold, ghost_rate, ghost_window: See :class:`GhostGate`.
+        track_outputs: Put mean expert outputs into the record (always done with ghosts or coupling).
+
+    Shapes:
+        - **input:** ``x [*, D]``; ``batch [*]``: the graph of each node, for routers whose choice
+          depends on it (top-k does not); ``mask [*]`` bool: False for nodes without edges, whose
+          output is 0.
+        - **output:** ``[*, D]``; with ``return_record=True`` also a :class:`~graphmoe.typing.Record`.
+
+    Raises:
+        ConfigError: ``k`` outside ``[1, num_experts]``, an unknown coupling, activation or strategy, or a
+            strategy that needs more rows than ``k``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_experts: int,
+        k: int = 2,
+        *,
+        hidden_channels: int | None = None,
+        activation: str = "swiglu",
+        coupling: str = "none",
+        coupling_layers: int | None = None,
+        strategy: str = "all_pairs",
+        num_ghosts: int = 0,
+        ghost_threshold: float = 0.01,
+        ghost_rate: float = 0.01,
+        ghost_window: int = 100,
+        track_outputs: bool = False,
+    ):
+        super().__init__()
+        if coupling not in COUPLINGS:
+            raise ConfigError("unknown coupling", "coupling", f"one of {', '.join(COUPLINGS)}", coupling)
+        if num_experts < 1:
+            raise ConfigError("no expert", "num_experts", "at least 1", num_experts)
+        if num_ghosts < 0:
+            raise ConfigError("negative number of ghosts", "num_ghosts", "at least 0", num_ghosts)
+        if not 1 <= k <= num_experts:
+            # Ghosts do not count: all of them may be asleep.
+            raise ConfigError("k must not exceed the number of experts", "k", f"1 <= k <= {num_experts}", k)
+        total = num_experts + num_ghosts
+        self.in_channels, self.num_experts, self.num_ghosts = in_channels, num_experts, num_ghosts
+        self.k = total if k == num_experts else k
+        self.coupling, self.track_outputs = coupling, track_outputs or coupling != "none" or num_ghosts > 0
+        self.router = (
+            DenseRouter(in_channels, total) if k == num_experts else TopKRouter(in_channels, total, k)
+        )
+        self.experts = ExpertConv(
+            in_channels, hidden_channels or 4 * in_channels, total, activation=activation
+        )
+        self.ghosts = None
+        if num_ghosts:
+            self.ghosts = GhostGate(
+                in_channels,
+                total,
+                num_ghosts,
+                threshold=ghost_threshold,
+                rate=ghost_rate,
+                window=ghost_window,
+            )
+        if coupling == "gnn":
+            rounds = 2 if coupling_layers is None else coupling_layers
+            couplers = [CoupleConv(in_channels, total) for _ in range(rounds)]
+        elif coupling == "hyper":
+            rounds = 1 if coupling_layers is None else coupling_layers
+            couplers = [
+                HyperCoupleConv(in_channels, total, strategy=strategy, k=self.k, num_ghosts=num_ghosts)
+                for _ in range(rounds)
+            ]
+        else:
+            couplers = []
+        self.couplers = nn.ModuleList(couplers)
+        self.fusion = SumFusion()
+        for conv in (self.experts, self.fusion, *self.couplers):
+            # An Explainer around the user's GNN masks the edges of that graph, not those in here.
+            conv.explain = False
+
+    def reset_parameters(self) -> None:
+        for module in self.children():
+            if isinstance(module, nn.ModuleList):
+                for conv in module:
+                    conv.reset_parameters()
+            elif module is not None:
+                module.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        batch: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        return_record: bool = False,
+    ) -> Tensor | tuple[Tensor, Record]:
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])  # [N, D]
+        batch = None if batch is None else batch.flatten()
+        mask = None if mask is None else mask.flatten()
+        level = None if self.ghosts is None else self.ghosts()
+        offset = None if self.ghosts is None else self.ghosts.offset()
+        routing = self.router(x, batch=batch, mask=mask, offset=offset)
+
+        if self.experts.fuse and not self.track_outputs:
+            out = self.experts.reduce(x, routing.token, routing.weight, routing.ptr, routing.perm)
+            mean = unexplained = None
+        else:
+            rows = self._rows(x, routing)  # [R, D], sorted by expert
+            inverse = routing.perm.argsort()
+            slots = rows.index_select(0, inverse).view(x.size(0), -1, x.size(1))  # [N, k, D]
+            weight = routing.weight.index_select(0, inverse).view(x.size(0), -1)  # [N, k]
+            expert = routing.expert.index_select(0, inverse).view(x.size(0), -1)
+            coupled = self._couple(slots, expert, level)
+            out = self.fusion(coupled, edge_weight=weight.to(x.dtype))
+            if return_record and self.track_outputs:
+                mean = expert_means(rows, routing)
+                unexplained = _unexplained(x, slots, expert < routing.num_experts)
+            else:
+                mean = unexplained = None
+        out = out.view(shape)
+        if not return_record:
+            return out
+        dropped = torch.zeros((), dtype=torch.long, device=x.device)
+        return out, Record(routing, mean, None, dropped, unexplained)
+
+    def _rows(self, x: Tensor, routing: Routing) -> Tensor:
+        row = torch.arange(routing.token.numel(), device=x.device)
+        return self.experts(x, torch.stack([routing.token, row]), routing.expert, routing.ptr)
+
+    def _couple(self, slots: Tensor, expert: Tensor, level: Tensor | None) -> Tensor:
+        if isinstance(self.router, DenseRouter):
+            # Slot e is expert e; absent rows are 0 and stay 0, so all tokens share one operator.
+            expert = None
+        for conv in self.couplers:
+            if self.coupling == "gnn":
+                slots = conv(slots, expert=expert, level=level)
+            else:
+                slots = slots + F.gelu(conv(slots, expert=expert, level=level))
+        return slots
+
+    def connections(self) -> Tensor | None:
+        """Strength of each expert connection in the forward pass, ``[E, E]`` (target, source):
+        mean over coupling layers; ``None`` without coupling."""
+        if not self.couplers:
+            return None
+        level = None if self.ghosts is None else self.ghosts()
+        return torch.stack([conv.connections(level) for conv in self.couplers]).mean(dim=0)
+
+    def ghost_slices(self) -> dict[nn.Parameter, int]:
+        """Stacked parameters whose last ``num_ghosts`` slices belong to ghosts."""
+        if self.ghosts is None:
+            return {}
+        stacked = (self.router.weight, self.experts.gate_up_proj, self.experts.down_proj)
+        return dict.fromkeys(stacked, self.num_ghosts)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, coupling={self.coupling!r}, num_ghosts={self.num_ghosts}"
+
+
+def expert_means(rows: Tensor, routing: Routing) -> Tensor:
+    """Mean of the rows ``[R, D]`` of each expert, ``[E, D]``; 0 for an expert without rows."""
+    ids = torch.arange(routing.num_experts, device=rows.device).unsqueeze(1)
+    member = (routing.expert == ids).to(rows.dtype)  # [E, R]: one small GEMM, with a cheap gradient
+    return member @ rows / member.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _unexplained(x: Tensor, slots: Tensor, present: Tensor) -> Tensor:
+    """Variance over tokens of ``x - mean_e o_e``, averaged over channels; no gradient."""
+    with torch.no_grad():
+        count = present.sum(dim=1, keepdim=True)
+        residual = x - slots.sum(dim=1) / count.clamp(min=1)
+        keep = (count > 0).to(x.dtype)  # masked tokens do not count
+        total = keep.sum().clamp(min=1)
+        centre = (residual * keep).sum(dim=0) / total
+        return ((residual - centre).square() * keep).sum(dim=0).div(total).mean()

@@ -1,0 +1,129 @@
+r"""Routers: they make the edges ``token --routes--> expert`` and weigh them."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graphmoe.errors import ConfigError
+from graphmoe.typing import NEVER, Routing
+
+
+def sort_routes(expert: Tensor, weight: Tensor, logits: Tensor) -> Routing:
+    """Sort routing edges by expert.
+
+    Args:
+        expert: Expert of each slot, ``[N, k]``; ``E`` for an absent edge.
+        weight: Weight of each slot, ``[N, k]``; 0 for an absent edge.
+        logits: Router scores, ``[N, E]``.
+    """
+    slots = expert.size(1)
+    ordered, perm = expert.flatten().sort(stable=True)
+    experts = torch.arange(logits.size(1) + 1, device=logits.device)
+    return Routing(
+        token=perm.div(slots, rounding_mode="floor"),
+        expert=ordered,
+        weight=weight.flatten().index_select(0, perm),
+        logits=logits,
+        ptr=torch.searchsorted(ordered, experts),
+        perm=perm,
+    )
+
+
+class _Router(nn.Module):
+    def __init__(self, in_channels: int, num_experts: int):
+        super().__init__()
+        self.in_channels, self.num_experts = in_channels, num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, in_channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.in_channels**-0.5)
+
+    def scores(self, x: Tensor, offset: Tensor | None) -> Tensor:
+        """Logits ``[N, E]`` in at least fp32 whatever autocast says: in bf16 up to 2 % of tokens
+        would be sent to another expert."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        return logits if offset is None else logits + offset.to(dtype)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.in_channels}, num_experts={self.num_experts}, k={self.k})"
+
+
+class TopKRouter(_Router):
+    r"""Token choice: every token takes the ``k`` experts of largest score (`Shazeer et al.
+    <https://arxiv.org/abs/1701.06538>`_).
+
+    .. math::
+        z_n = W x_n + o, \quad w_n = \mathrm{softmax}(\mathrm{top}_k(z_n))
+
+    Ties go to the lowest expert id. The choice of one token depends on that token alone, so the
+    router is causal.
+
+    Args:
+        in_channels: Channels ``D`` of a token.
+        num_experts: ``E``.
+        k: Edges a token, ``1 <= k <= E``.
+
+    Shapes:
+        - **input:** ``x [N, D]``, ``mask [N]`` bool (False: no edges), ``offset [E]`` added to the
+          scores (``-1e4`` removes an expert), ``batch [N]`` ignored: a token's choice does not
+          depend on its graph.
+        - **output:** :class:`~graphmoe.typing.Routing` of ``N * k`` edges.
+
+    Raises:
+        ConfigError: ``k`` outside ``[1, E]``.
+    """
+
+    def __init__(self, in_channels: int, num_experts: int, k: int):
+        if not 1 <= k <= num_experts:
+            raise ConfigError("k must not exceed the number of experts", "k", f"1 <= k <= {num_experts}", k)
+        self.k = k
+        super().__init__(in_channels, num_experts)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        batch: Tensor | None = None,
+        mask: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> Routing:
+        logits = self.scores(x, offset)
+        # topk breaks ties in no fixed order; a stable descending sort gives the lowest id.
+        value, expert = logits.sort(dim=-1, descending=True, stable=True)
+        value, expert = value[:, : self.k], expert[:, : self.k]
+        return _with_absent(expert, value, logits, mask)
+
+
+class DenseRouter(_Router):
+    r"""Every expert serves every token, ``k = E``, with weights ``softmax(W x + o)``.
+
+    Slot ``e`` of a token is expert ``e``. Arguments and shapes as :class:`TopKRouter`.
+    """
+
+    def __init__(self, in_channels: int, num_experts: int):
+        self.k = num_experts
+        super().__init__(in_channels, num_experts)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        batch: Tensor | None = None,
+        mask: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> Routing:
+        logits = self.scores(x, offset)
+        expert = torch.arange(self.num_experts, device=x.device).expand_as(logits)
+        return _with_absent(expert, logits, logits, mask)
+
+
+def _with_absent(expert: Tensor, value: Tensor, logits: Tensor, mask: Tensor | None) -> Routing:
+    """Turn edges of unreachable experts and masked tokens into sentinels."""
+    present = value > NEVER / 2
+    if mask is not None:
+        present = present & mask.unsqueeze(1)
+    expert = torch.where(present, expert, logits.size(1))
+    return sort_routes(expert, value.softmax(dim=-1) * present, logits)

@@ -1,0 +1,232 @@
+"""The one training loop, on accelerate. What happens beside the update is a callback."""
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graphmoe import checkpoint
+from graphmoe.errors import GraphMoEError
+from graphmoe.train.config import RunConfig, Stopped
+from graphmoe.train.optim import adamw
+
+Batch = dict[str, Tensor]
+
+
+class NonFiniteError(GraphMoEError):
+    """A loss or gradient that is not finite; the weights are those of the step before."""
+
+
+@dataclass
+class TrainState:
+    """What callbacks may read, and ``stop`` to end training after this step.
+
+    Attributes:
+        step: Optimiser steps done.
+        max_steps: Steps to do.
+        metrics: Figures of the last step: ``loss``, ``lm_loss``, ``aux``, ``lr``, ``grad_norm``,
+            ``tokens`` of the step, ``seconds`` since the start, evaluation excluded.
+        tokens: Tokens trained on by this process since it started.
+        seconds: Seconds spent on them.
+        asked: Signal that arrived, or 0.
+        stop: The same, from the end of the step it arrived in, so that all callbacks of a step
+            see one answer.
+    """
+
+    step: int
+    max_steps: int
+    run_dir: Path
+    optimizer: torch.optim.Optimizer
+    accelerator: object
+    metrics: dict = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+    asked: int = 0
+    stop: int = 0
+
+    @property
+    def last(self) -> bool:
+        """Whether this step is the last one of this process."""
+        return self.step >= self.max_steps or bool(self.stop)
+
+
+class Callback:
+    """Hooks of the loop, called on every rank; a subclass overrides what it needs."""
+
+    def on_start(self, state: TrainState, model: nn.Module) -> None:
+        """Before the first step, after a resumed checkpoint is loaded."""
+
+    def on_step(self, state: TrainState, model: nn.Module, outputs: object) -> None:
+        """After each optimiser step; ``outputs`` are those of its last micro-batch."""
+
+    def on_end(self, state: TrainState, model: nn.Module) -> None:
+        """Once, also after an error or a stop."""
+
+
+class Every(Callback):
+    """Pass every ``n``-th step on to a callback, and the last one if ``last``."""
+
+    def __init__(self, n: int, callback: Callback, *, last: bool = True):
+        self.n, self.callback, self.last = n, callback, last
+
+    def on_start(self, state: TrainState, model: nn.Module) -> None:
+        self.callback.on_start(state, model)
+
+    def on_step(self, state: TrainState, model: nn.Module, outputs: object) -> None:
+        if state.step % self.n == 0 or (self.last and state.last):
+            self.callback.on_step(state, model, outputs)
+
+    def on_end(self, state: TrainState, model: nn.Module) -> None:
+        self.callback.on_end(state, model)
+
+
+def reseed(seed: int, step: int, rank: int = 0) -> None:
+    """Seed torch as a function of (seed, step, rank), so that no generator state need be saved."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+def fit(
+    model: nn.Module,
+    batches: Callable[[int, int, slice], Batch],
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    callbacks: Sequence[Callback] = (),
+    setup: Callable[[torch.optim.Optimizer], None] | None = None,
+    resume_from: Path | None = None,
+) -> TrainState:
+    """Train ``model`` for ``config.max_steps`` optimiser steps.
+
+    Args:
+        model: Returns an output with ``loss`` when called with a batch.
+        batches: ``(index, size, slots) -> batch``: the rows ``slots`` of global batch ``index`` of
+            ``size`` rows, a pure function of its arguments. Index ``step * accumulation + micro``.
+        config: Steps, batch size, schedule, precision, seed, device, threads.
+        run_dir: Directory of the run.
+        callbacks: Called in order, after every step.
+        setup: Called with the optimiser before it is used.
+        resume_from: Checkpoint to continue from; the remaining steps are those of a run that was
+            never stopped, bit for bit.
+
+    Raises:
+        NonFiniteError: A loss or gradient is not finite.
+        Stopped: A signal asked to stop; the step was finished and the callbacks ran.
+    """
+    from accelerate import Accelerator
+    from transformers import get_scheduler
+
+    # Without cpu=True a CPU run under torchrun would be independent copies.
+    accelerator = Accelerator(
+        cpu=config.torch_device == "cpu", mixed_precision="bf16" if config.bf16 else "no"
+    )
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)  # Accelerator sets its own number
+    optimizer = adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    model.to(accelerator.device)
+    start = 0
+    if resume_from is not None:
+        start = checkpoint.restore(resume_from, model=model, optimizer=optimizer)["step"]
+    if setup is not None:
+        setup(optimizer)
+    schedule = get_scheduler(
+        config.lr_scheduler_type, optimizer, config.warmup_steps, config.max_steps
+    ).lr_lambdas[0]  # fmt: skip
+    wrapped = accelerator.prepare(model)
+    state = TrainState(start, config.max_steps, Path(run_dir), optimizer, accelerator)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    share = slice(rank * config.batch_size // world, (rank + 1) * config.batch_size // world)
+    micros = config.gradient_accumulation_steps
+
+    model.train()
+    with stop_signals(state):
+        try:
+            for callback in callbacks:
+                callback.on_start(state, model)
+            while not state.last:
+                began = time.perf_counter()
+                reseed(config.seed, state.step, rank)
+                lr = config.learning_rate * schedule(state.step)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                sums: dict[str, Tensor] = {}
+                tokens = 0
+                for micro in range(micros):
+                    batch = batches(state.step * micros + micro, config.batch_size, share)
+                    batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+                    tokens += batch["labels"].numel()
+                    with accelerator.autocast():
+                        outputs = wrapped(**batch)
+                    accelerator.backward(outputs.loss / micros)
+                    for name, value in _figures(outputs).items():
+                        sums[name] = sums.get(name, 0.0) + value.detach() / micros
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                _require_finite(model, state.step, sums["loss"], grad_norm, outputs)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                state.step += 1
+                state.stop = state.asked
+                state.tokens += tokens * world
+                state.seconds += time.perf_counter() - began
+                figures = {name: float(value) for name, value in sums.items()}
+                aux = {n.removeprefix("aux/"): v for n, v in figures.items() if n.startswith("aux/")}
+                state.metrics = {
+                    "loss": figures["loss"], "lm_loss": figures.get("lm_loss"), "aux": aux, "lr": lr,
+                    "grad_norm": float(grad_norm), "tokens": tokens * world, "seconds": state.seconds,
+                }  # fmt: skip
+                for callback in callbacks:
+                    callback.on_step(state, model, outputs)
+        finally:
+            for callback in callbacks:
+                callback.on_end(state, model)
+    if state.stop and state.step < state.max_steps:
+        raise Stopped(state.stop)
+    return state
+
+
+@contextmanager
+def stop_signals(state: TrainState):
+    """Turn the first SIGINT or SIGTERM into ``state.asked``; the next one acts at once."""
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        state.asked = signum
+        signal.signal(signum, before[signum])
+
+    try:
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread, where nobody presses Ctrl-C
+        before = {}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _figures(outputs: object) -> dict[str, Tensor]:
+    figures = {"loss": outputs.loss}
+    if getattr(outputs, "lm_loss", None) is not None:
+        figures["lm_loss"] = outputs.lm_loss
+    for name, value in (getattr(outputs, "aux_losses", None) or {}).items():
+        figures[f"aux/{name}"] = value
+    return figures
+
+
+def _require_finite(model: nn.Module, step: int, loss: Tensor, grad_norm: Tensor, outputs: object) -> None:
+    if bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
+        return
+    bad = [f"records[{i}].logits" for i, r in enumerate(getattr(outputs, "records", None) or ())
+           if not r.routing.logits.isfinite().all()]  # fmt: skip
+    bad += [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    raise NonFiniteError(
+        "loss or gradient is not finite, weights left as they were",
+        f"step {step + 1}, first seen in {bad[0] if bad else 'the loss'}",
+        "finite numbers; try a smaller --learning_rate",
+        float(loss),
+    )
