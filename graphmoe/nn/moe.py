@@ -145,9 +145,9 @@ class MoELayer(nn.Module):
         else:
             rows = self._rows(x, routing)  # [R, D], sorted by expert
             inverse = routing.perm.argsort()
-            slots = rows.index_select(0, inverse).view(x.size(0), -1, x.size(1))  # [N, k, D]
-            weight = routing.weight.index_select(0, inverse).view(x.size(0), -1)  # [N, k]
-            expert = routing.expert.index_select(0, inverse).view(x.size(0), -1)
+            slots = rows.index_select(0, inverse).view(-1, self.k, x.size(1))  # [N, k, D]
+            weight = routing.weight.index_select(0, inverse).view(-1, self.k)
+            expert = routing.expert.index_select(0, inverse).view(-1, self.k)
             coupled = self._couple(slots, expert, level)
             out = self.fusion(coupled, edge_weight=weight.to(x.dtype))
             if return_record and self.track_outputs:

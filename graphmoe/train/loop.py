@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from graphmoe import checkpoint
 from graphmoe.errors import GraphMoEError
-from graphmoe.train.config import RunConfig, Stopped
+from graphmoe.train.config import RunConfig, Stopped, resolve_device
 from graphmoe.train.optim import adamw
 
-Batch = dict[str, Tensor]
+Batch = dict[str, object]
 
 
 class NonFiniteError(GraphMoEError):
@@ -120,11 +120,12 @@ def fit(
         Stopped: A signal asked to stop; the step was finished and the callbacks ran.
     """
     from accelerate import Accelerator
+    from accelerate.utils import send_to_device
     from transformers import get_scheduler
 
     # Without cpu=True a CPU run under torchrun would be independent copies.
     accelerator = Accelerator(
-        cpu=config.torch_device == "cpu", mixed_precision="bf16" if config.bf16 else "no"
+        cpu=resolve_device(config.device) == "cpu", mixed_precision="bf16" if config.bf16 else "no"
     )
     if config.num_threads:
         torch.set_num_threads(config.num_threads)  # Accelerator sets its own number
@@ -135,9 +136,10 @@ def fit(
         start = checkpoint.restore(resume_from, model=model, optimizer=optimizer)["step"]
     if setup is not None:
         setup(optimizer)
+    floor = {"min_lr_rate": config.min_lr_ratio} if "min_lr" in config.lr_scheduler_type else {}
     schedule = get_scheduler(
-        config.lr_scheduler_type, optimizer, config.warmup_steps, config.max_steps
-    ).lr_lambdas[0]  # fmt: skip
+        config.lr_scheduler_type, optimizer, config.warmup_steps, config.max_steps, floor
+    ).lr_lambdas[0]
     wrapped = accelerator.prepare(model)
     state = TrainState(start, config.max_steps, Path(run_dir), optimizer, accelerator)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -159,7 +161,7 @@ def fit(
                 tokens = 0
                 for micro in range(micros):
                     batch = batches(state.step * micros + micro, config.batch_size, share)
-                    batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+                    batch = send_to_device(batch, accelerator.device)
                     tokens += batch["labels"].numel()
                     with accelerator.autocast():
                         outputs = wrapped(**batch)

@@ -162,7 +162,7 @@ class HyperCoupleConv(MessagePassing):
         """Incidence ``[*, nodes, H]`` and weights ``[*, H]`` of the hyperedges acting on each token."""
         absent = incidence.new_zeros(1, incidence.size(1))
         member = torch.cat([incidence, absent]).index_select(0, expert.flatten())
-        member = member.view(*expert.shape, -1)  # [*, nodes, H]
+        member = member.view(*expert.shape, incidence.size(1))  # [*, nodes, H]
         if self.strategy == "all":
             return member, weight.expand(*expert.shape[:-1], -1)
         return member, weight * (member.sum(dim=-2) == incidence.sum(dim=0))

@@ -1,0 +1,100 @@
+"""A corpus as token ids, and what a model of token frequencies alone would score on it."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CHUNK = 1 << 22  # tokens held in memory at a time while walking over a memory-mapped array
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Training and held-out tokens of one data set.
+
+    Attributes:
+        name: What the tokens were read from, such as ``"stdlib (Python 3.11.7)"``.
+        train: Training tokens, ``[tokens]``, in the smallest unsigned dtype that holds ``vocab_size``; a
+            memory map in the dtype of the file where they come from one ``.npy`` shard.
+        held_out: Held-out tokens, ``[tokens]``, likewise.
+        held_out_bytes: UTF-8 bytes of the held-out documents, or ``None`` where only tokens are known.
+        vocab_size: Number of token ids; every id is smaller.
+        tokenizer: A transformers tokenizer, or ``None`` for token shards that come without one.
+        num_documents: Number of (training, held-out) documents; shards, where only tokens are known.
+        fingerprint: SHA-256 of the token ids and the tokenizer, in hexadecimal digits.
+        train_bytes: UTF-8 bytes of the training documents, or ``None`` where only tokens are known.
+    """
+
+    name: str
+    train: np.ndarray = field(repr=False)
+    held_out: np.ndarray = field(repr=False)
+    held_out_bytes: int | None
+    vocab_size: int
+    tokenizer: "PreTrainedTokenizerFast | None" = field(repr=False)
+    num_documents: tuple[int, int]
+    fingerprint: str
+    train_bytes: int | None = None
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Turn a held-out loss in nats per token into bits per byte of held-out text.
+
+        Returns ``None`` where the bytes are not known. The end-of-text token behind each document
+        counts as a token to be predicted, but not as a byte.
+        """
+        if self.held_out_bytes is None:
+            return None
+        return loss / math.log(2) * self.held_out.size / self.held_out_bytes
+
+    def describe(self) -> str:
+        """One plain line: megabytes (1e6 bytes), tokens, documents or shards, and vocabulary size."""
+        unit = "shards" if self.held_out_bytes is None else "documents"
+
+        def size(tokens: np.ndarray, num_bytes: int | None, count: int) -> str:
+            megabytes = "" if num_bytes is None else f"{num_bytes / 1e6:.2f} MB, "
+            return f"{megabytes}{tokens.size:,} tokens, {count:,} {unit}"
+
+        train = size(self.train, self.train_bytes, self.num_documents[0])
+        held_out = size(self.held_out, self.held_out_bytes, self.num_documents[1])
+        return f"{self.name}: train {train}; held out {held_out}; vocabulary {self.vocab_size:,}"
+
+
+def fingerprint(train: np.ndarray, held_out: np.ndarray, tokenizer: "PreTrainedTokenizerFast | None") -> str:
+    """SHA-256 over both parts' token ids and the tokenizer, whatever dtype the ids are stored in."""
+    digest = hashlib.sha256()
+    for tokens in (train, held_out):
+        digest.update(tokens.size.to_bytes(8, "little"))
+        for chunk in chunks(tokens):
+            digest.update(chunk.astype("<u4").tobytes())
+    if tokenizer is not None:
+        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    return digest.hexdigest()
+
+
+def chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """Walk over an array in pieces that fit in memory, of at most ``CHUNK`` tokens."""
+    for start in range(0, tokens.size, CHUNK):
+        yield tokens[start : start + CHUNK]
+
+
+def unigram_loss(corpus: Corpus) -> float:
+    """Held-out cross-entropy, in nats per token, of a model that knows token frequencies only.
+
+    The frequencies are counted on the training tokens and smoothed by adding one to each count.
+    """
+    train, held_out = (_count(tokens, corpus.vocab_size) for tokens in (corpus.train, corpus.held_out))
+    log_probability = np.log(train + 1.0) - math.log(train.sum() + corpus.vocab_size)
+    return float(-(held_out * log_probability).sum() / held_out.sum())
+
+
+def _count(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Occurrences of each id, ``[vocab_size]`` int64."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for chunk in chunks(tokens):
+        counts += np.bincount(chunk.astype(np.int64), minlength=vocab_size)
+    return counts

@@ -1,0 +1,1 @@
+"""Runnable experiments: ``python -m recipes.NAME``; each chooses, none defines layers or loops."""

@@ -1,0 +1,31 @@
+"""Ghost experts: a language model that wakes dormant experts when the primary ones saturate.
+
+python -m recipes.ghost_lm
+
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphmoe.train.config import flag
+from recipes import language_model
+
+
+@dataclass(kw_only=True)
+class GhostConfig(language_model.LanguageModelConfig):
+    """Hypergraph coupling, orthogonality and two ghosts a block."""
+
+    coupling: str = flag("hyper", "how the experts of a token talk: none, gnn or hyper")
+    num_ghosts: int = flag(2, "ghost experts of a block", aliases=["--ghost_num_ghost_experts"])
+    orthogonality_output_coef: float = flag(0.1, "weight of the orthogonality of mean expert outputs")
+    orthogonality_weight_coef: float = flag(0.05, "weight of the orthogonality of expert weights")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe; returns the exit code."""
+    return language_model.main(GhostConfig, argv, recipe="ghost_lm", description=__doc__.splitlines()[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""A plain mixture-of-experts language model: the baseline of the coupled ones.
+
+python -m recipes.moe_lm
+
+"""
+
+import sys
+from collections.abc import Sequence
+
+from recipes import language_model
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe; returns the exit code."""
+    return language_model.main(
+        language_model.LanguageModelConfig, argv, recipe="moe_lm", description=__doc__.splitlines()[0]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+import pytest
+import torch
+from contract import assert_eval_changes_nothing, assert_every_parameter_learns
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import graphmoe
+from graphmoe.errors import CheckpointError, ConfigError
+from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM
+from graphmoe.nn import edge_form
+
+COUPLINGS = [
+    ("none", "all_pairs"),
+    ("gnn", "all_pairs"),
+    ("hyper", "all_pairs"),
+    ("hyper", "all_triplets"),
+    ("hyper", "all"),
+]
+OPTIONS = [(c, s, k, g) for c, s in COUPLINGS for k in (3, 4) for g in (0, 2)]
+
+
+def build(coupling="hyper", strategy="all_pairs", k=3, ghosts=2, **options):
+    config = GraphMoEConfig(
+        **{
+            "vocab_size": 61,
+            "hidden_size": 32,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_experts": 4,
+            "num_experts_per_tok": k,
+            "coupling": coupling,
+            "hyperedge_strategy": strategy,
+            "num_ghosts": ghosts,
+            "orthogonality_output_coef": 0.1,
+            "orthogonality_weight_coef": 0.05,
+            **options,
+        }
+    )
+    model = GraphMoEForCausalLM(config).double()
+    for parameter in model.parameters():  # large weights: a leak must not hide in small numbers
+        torch.nn.init.normal_(parameter, std=0.3)
+    for layer in model.moe_layers():
+        if layer.ghosts is not None:
+            layer.ghosts.phase[:] = torch.tensor([2, 1])
+            layer.ghosts.steps[:] = torch.tensor([100, 40])
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model, ids, **options):
+    return model(ids, **options).logits
+
+
+@pytest.mark.parametrize("coupling, strategy, k, ghosts", OPTIONS)
+@pytest.mark.parametrize("train", [False, True])
+def test_no_token_sees_the_future(coupling, strategy, k, ghosts, train):
+    model = build(coupling, strategy, k, ghosts).train(train)
+    ids = torch.randint(61, (2, 12))
+    before = logits(model, ids)
+    for cut in (1, 5, 11):
+        changed = ids.clone()
+        changed[:, cut:] = (changed[:, cut:] + torch.randint(1, 61, changed[:, cut:].shape)) % 61
+        after = logits(model, changed)
+        assert (after[:, :cut] - before[:, :cut]).abs().max() <= 1e-12
+        assert (after[:, cut:] - before[:, cut:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("coupling, strategy, k, ghosts", OPTIONS)
+def test_cached_decoding_equals_the_full_pass(coupling, strategy, k, ghosts):
+    model = build(coupling, strategy, k, ghosts)
+    ids = torch.randint(61, (2, 13))
+    whole = logits(model, ids)
+    for chunks in ((1,) * 13, (3, 3, 3, 3, 1), (7, 6), (13,)):
+        past, start, parts = None, 0, []
+        for size in chunks:
+            with torch.no_grad():
+                out = model(ids[:, start : start + size], past_key_values=past, use_cache=True)
+            past, start = out.past_key_values, start + size
+            parts.append(out.logits)
+        assert (torch.cat(parts, dim=1) - whole).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("coupling", ["none", "gnn", "hyper"])
+def test_two_hundred_greedy_tokens_with_and_without_cache(coupling):
+    model = build(coupling, num_hidden_layers=1, hidden_size=16, num_attention_heads=2)
+    ids = torch.randint(61, (2, 4))
+    cached = model.generate(ids, max_new_tokens=200, do_sample=False, use_cache=True)
+    full = model.generate(ids, max_new_tokens=200, do_sample=False, use_cache=False)
+    assert cached.shape == (2, 204)
+    assert torch.equal(cached, full)
+
+
+@pytest.mark.parametrize("coupling", ["none", "gnn", "hyper"])
+def test_left_padding_and_batch_mates_do_not_matter(coupling):
+    model = build(coupling)
+    ids = torch.randint(61, (3, 9))
+    alone = logits(model, ids[:1])
+    assert (logits(model, ids)[:1] - alone).abs().max() <= 1e-10
+    padded = torch.cat([torch.zeros(3, 4, dtype=torch.long), ids], dim=1)
+    mask = torch.cat([torch.zeros(3, 4), torch.ones(3, 9)], dim=1).long()
+    assert (logits(model, padded, attention_mask=mask)[:1, 4:] - alone).abs().max() <= 1e-10
+    generated = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(generated[:, 4:], plain)
+
+
+@pytest.mark.parametrize("coupling, strategy, k, ghosts", OPTIONS)
+def test_every_parameter_learns(coupling, strategy, k, ghosts):
+    model = build(coupling, strategy, k, ghosts).train()
+    ids = torch.randint(61, (4, 24))
+    assert_every_parameter_learns(model, model(ids, labels=ids).loss)
+
+
+def test_edge_form_equals_fast_form():
+    model = build()
+    ids = torch.randint(61, (2, 9))
+    fast = logits(model, ids)
+    with edge_form(model):
+        assert (logits(model, ids) - fast).abs().max() <= 1e-12
+
+
+def test_loss_is_the_sum_of_its_parts():
+    model = build().train()
+    model.orthogonality_strength.fill_(0.5)
+    ids = torch.randint(61, (2, 9))
+    out = model(ids, labels=ids, output_records=True, output_router_logits=True)
+    assert set(out.aux_losses) == {"balance", "router_z", "orthogonality_output", "orthogonality_weight"}
+    scale = {"balance": 0.01, "router_z": 0.001, "orthogonality_output": 0.1, "orthogonality_weight": 0.05}
+    want = out.lm_loss + sum(scale[name] * value for name, value in out.aux_losses.items())
+    torch.testing.assert_close(out.loss, want)
+    assert len(out.records) == len(out.router_logits) == 2
+    model.orthogonality_strength.zero_()
+    assert model(ids, labels=ids).aux_losses["orthogonality_output"] == 0
+    assert build()(ids).records is None
+
+
+def test_padding_does_not_move_auxiliary_losses():
+    model = build().train()
+    ids = torch.randint(61, (2, 9))
+    plain = model(ids, labels=ids).aux_losses
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], dim=1)
+    mask = torch.cat([torch.zeros(2, 3), torch.ones(2, 9)], dim=1).long()
+    masked = model(padded, attention_mask=mask, labels=padded).aux_losses
+    for name, value in plain.items():
+        torch.testing.assert_close(masked[name], value, rtol=0, atol=1e-10)
+
+
+def test_forward_moves_no_state():
+    model = build()
+    ids = torch.randint(61, (2, 9))
+    assert_eval_changes_nothing(model, lambda: model(ids, labels=ids))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = build().train()
+    ids = torch.randint(61, (2, 9))
+    model(ids, labels=ids).loss.backward()
+    plain = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "coupling, strategy, k, ghosts",
+    [("none", "all_pairs", 2, 0), ("gnn", "all_pairs", 4, 2), ("hyper", "all_pairs", 3, 2)],
+)
+def test_compiles_whole(coupling, strategy, k, ghosts):
+    model = build(coupling, strategy, k, ghosts).train()
+    ids = torch.randint(61, (2, 9))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(ids, labels=ids).loss
+    torch.testing.assert_close(loss, model(ids, labels=ids).loss)
+    loss.backward()
+
+
+def test_saves_and_loads_with_ghosts_half_awake(tmp_path):
+    model = build()
+    ids = torch.randint(61, (2, 9))
+    model.save_pretrained(tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), GraphMoEConfig)
+    for loaded in (AutoModelForCausalLM.from_pretrained(tmp_path), graphmoe.load(tmp_path)):
+        assert isinstance(loaded, GraphMoEForCausalLM) and not loaded.training
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert set(loaded.state_dict()) == set(model.state_dict())
+        for name, value in loaded.state_dict().items():
+            assert torch.equal(value, model.state_dict()[name]), name
+        # Not bit for bit: mapped weights may be aligned differently, which changes the order of sums.
+        torch.testing.assert_close(logits(loaded, ids), logits(model, ids), rtol=0, atol=1e-12)
+
+
+def test_load_without_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        graphmoe.load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        graphmoe.load(tmp_path)
+
+
+def test_one_batch_overfits():
+    config = GraphMoEConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_experts=4,
+        num_experts_per_tok=3, coupling="hyper", num_ghosts=1,
+    )  # fmt: skip
+    model = GraphMoEForCausalLM(config)
+    ids = torch.randint(61, (4, 16))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
+    for _ in range(120):
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert out.lm_loss < 0.3
+
+
+def test_dense_model_has_no_router():
+    model = build("none", k=1, ghosts=0, num_experts=1)
+    ids = torch.randint(61, (2, 9))
+    assert model.moe_layers() == []
+    out = model.train()(ids, labels=ids, output_records=True)
+    assert out.aux_losses == {} and out.records == ()
+    assert_every_parameter_learns(model, out.loss)
+    assert model.num_active_parameters() == sum(p.numel() for p in model.parameters())
+
+
+def test_active_parameters():
+    model = build("none", k=2, ghosts=2)
+    expert = 3 * 32 * 24
+    assert sum(p.numel() for p in model.parameters()) - model.num_active_parameters() == 2 * 4 * expert
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"num_attention_heads": 3}, "num_attention_heads"),
+        ({"num_attention_heads": 32}, "even parts"),
+        ({"num_key_value_heads": 3}, "kv_heads"),
+        ({"k": 5}, "k must not exceed"),
+        ({"num_experts": 1, "k": 1}, "num_experts: one expert"),
+        ({"coupling": "mesh"}, "unknown coupling"),
+        ({"strategy": "all_quads"}, "hyperedge_strategy"),
+        ({"hidden_act": "relu"}, "unknown activation"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+    ],
+)
+def test_wrong_input(options, match):
+    with pytest.raises(ConfigError, match=match):
+        build(**options)

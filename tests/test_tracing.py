@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+import graphmoe
+from graphmoe.errors import ConfigError
+from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM
+from graphmoe.typing import ATTENDS, COUPLES, ROUTES
+
+
+def test_trace_of_a_language_model():
+    config = GraphMoEConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_experts=4, num_experts_per_tok=3, coupling="hyper", num_ghosts=1,
+    )  # fmt: skip
+    model = GraphMoEForCausalLM(config).train()
+    data = graphmoe.trace(model, input_ids=torch.randint(31, (2, 5)))
+    assert data.validate()
+    assert model.training
+    assert data["token"].num_nodes == 10 and data["expert"].num_nodes == 2 * 5
+    routes = data[ROUTES]
+    assert routes.edge_index.size(1) == 2 * 10 * 3
+    assert torch.equal(routes.edge_index[1] // 5, routes.layer)
+    for layer in (0, 1):  # weights of a token sum to 1
+        mine = routes.layer == layer
+        total = torch.zeros(10).index_add(0, routes.edge_index[0, mine], routes.weight[mine])
+        torch.testing.assert_close(total, torch.ones(10))
+    attends = data[ATTENDS]
+    assert attends.edge_index.size(1) == 2 * 2 * 15
+    assert (attends.edge_index[0] <= attends.edge_index[1]).all()
+    total = torch.zeros(10).index_add(0, attends.edge_index[1], attends.weight)
+    torch.testing.assert_close(total, torch.full((10,), 2.0))
+    couples = data[COUPLES]
+    asleep = data["expert"].level == 0
+    assert asleep.sum() == 2
+    assert not asleep[couples.edge_index].any() and (couples.weight > 0).all()
+
+
+def test_nothing_to_trace():
+    with pytest.raises(ConfigError, match=r"nothing to trace.*got 'Linear'"):
+        graphmoe.trace(torch.nn.Linear(2, 2))
