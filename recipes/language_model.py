@@ -44,7 +44,9 @@ _FLAGS = {word: name for name, word in _MODEL_WORDS.items()} | {
 class LanguageModelConfig(RunConfig):
     """Flags of every language-model recipe; a recipe overrides defaults."""
 
-    max_steps: int = flag(400, "optimiser steps to train for")
+    max_steps: int = flag(700, "optimiser steps to train for")
+    batch_size: int = flag(8, "sequences in a batch")
+    learning_rate: float = flag(2e-3, "peak learning rate")
     embed_dim: int = flag(128, "channels of a token")
     num_layers: int = flag(4, "blocks")
     num_heads: int = flag(4, "attention heads")
@@ -69,7 +71,7 @@ class LanguageModelConfig(RunConfig):
     tokenizer: str = flag("bpe", "bpe (trained on the corpus), bytes, or a pretrained tokenizer's name")
     vocab_size: int = flag(4096, "tokens of a trained vocabulary")
     held_out: float = flag(0.1, "fraction of the documents never trained on")
-    eval_windows: int = flag(128, "held-out sequences scored while training; the end scores all")
+    eval_windows: int = flag(64, "held-out sequences scored while training; the end scores all")
     sample: str | None = flag(None, "text to continue, at the end of training or with --evaluate")
     sample_tokens: int = flag(96, "tokens of a sample")
 

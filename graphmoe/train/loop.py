@@ -16,6 +16,7 @@ from graphmoe import checkpoint
 from graphmoe.errors import GraphMoEError
 from graphmoe.train.config import RunConfig, Stopped, resolve_device
 from graphmoe.train.optim import adamw
+from graphmoe.train.schedule import lr_schedule
 
 Batch = dict[str, object]
 
@@ -121,12 +122,9 @@ def fit(
     """
     from accelerate import Accelerator
     from accelerate.utils import send_to_device
-    from transformers import get_scheduler
 
     # Without cpu=True a CPU run under torchrun would be independent copies.
-    accelerator = Accelerator(
-        cpu=resolve_device(config.device) == "cpu", mixed_precision="bf16" if config.bf16 else "no"
-    )
+    accelerator = Accelerator(cpu=resolve_device(config.device) == "cpu")
     if config.num_threads:
         torch.set_num_threads(config.num_threads)  # Accelerator sets its own number
     optimizer = adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
@@ -136,10 +134,7 @@ def fit(
         start = checkpoint.restore(resume_from, model=model, optimizer=optimizer)["step"]
     if setup is not None:
         setup(optimizer)
-    floor = {"min_lr_rate": config.min_lr_ratio} if "min_lr" in config.lr_scheduler_type else {}
-    schedule = get_scheduler(
-        config.lr_scheduler_type, optimizer, config.warmup_steps, config.max_steps, floor
-    ).lr_lambdas[0]
+    schedule = lr_schedule(config)
     wrapped = accelerator.prepare(model)
     state = TrainState(start, config.max_steps, Path(run_dir), optimizer, accelerator)
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -163,13 +158,17 @@ def fit(
                     batch = batches(state.step * micros + micro, config.batch_size, share)
                     batch = send_to_device(batch, accelerator.device)
                     tokens += batch["labels"].numel()
-                    with accelerator.autocast():
+                    # torch's own: accelerate fixes one precision for the life of a process.
+                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.bf16):
                         outputs = wrapped(**batch)
                     accelerator.backward(outputs.loss / micros)
                     for name, value in _figures(outputs).items():
                         sums[name] = sums.get(name, 0.0) + value.detach() / micros
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                grads = [p.grad for p in model.parameters() if p.grad is not None]
+                grad_norm = nn.utils.get_total_norm(grads)
+                # Before clipping, which would spread one bad number over every gradient.
                 _require_finite(model, state.step, sums["loss"], grad_norm, outputs)
+                nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 state.step += 1

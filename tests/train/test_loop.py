@@ -106,7 +106,7 @@ def assert_equal_models(a, b):
         assert torch.equal(value, b.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("cut", [1, 5, 7, 11])
+@pytest.mark.parametrize("cut", [1, 5, 7, 10])
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path, cut, options):
     whole, all_losses = train(tmp_path / "whole", **options)

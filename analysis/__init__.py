@@ -1,0 +1,46 @@
+"""Pictures of a finished or running training run: records in, matplotlib figures out.
+
+A plot is a pure function ``RunRecord -> Figure``. To add one, write it in the file of its family and
+give it a line in :data:`PLOTS`.
+"""
+
+from collections.abc import Callable
+
+from matplotlib.figure import Figure
+
+from analysis.connections import expert_connections, expert_connections_change
+from analysis.curves import has_curves, training_curves
+from analysis.ghost import ghost_timeline
+from analysis.hyperedges import hyperedge_weights
+from analysis.load import expert_load, expert_load_over_time
+from analysis.series import has, steps
+from graphmoe.checkpoint import RunRecord
+
+__all__ = ["PLOTS", "plots"]
+
+Plot = Callable[[RunRecord], Figure]
+
+PLOTS: dict[Plot, Callable[[RunRecord], bool]] = {
+    training_curves: has_curves,
+    expert_load: lambda record: _several(record, "load"),
+    expert_load_over_time: lambda record: _several(record, "load"),
+    expert_connections: lambda record: _several(record, "coupling"),
+    expert_connections_change: lambda record: _several(record, "coupling") and len(steps(record)) > 1,
+    hyperedge_weights: lambda record: has(record, "hyperedge_weight", "incidence"),
+    ghost_timeline: lambda record: has(record, "ghost_level"),
+}
+"""Every plot, and whether a run has what it draws."""
+
+
+def _several(record: RunRecord, key: str) -> bool:
+    """Whether ``key`` was recorded for more than one expert: a dense model has no choice to show."""
+    return has(record, key) and record.records[key].shape[-1:] != (1,)
+
+
+def plots(record: RunRecord) -> dict[str, Plot]:
+    """Return the plots that fit a run, by name: no ghosts, no ghost plot.
+
+    Args:
+        record: The run, as :func:`graphmoe.checkpoint.read` returns it.
+    """
+    return {plot.__name__: plot for plot, fits in PLOTS.items() if fits(record)}

@@ -1,0 +1,140 @@
+"""Expert load: which experts the tokens are routed to, at the end and over time."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis import style
+from analysis.series import expert_names, live, series, steps
+from graphmoe.checkpoint import RunRecord
+
+
+@style.styled
+def expert_load(record: RunRecord) -> Figure:
+    """Share of the routing edges that each expert gets, layer by layer, over the last quarter of the run."""
+    share, alive, at = _final_share(record)
+    names, (layers, experts) = expert_names(record), share.shape
+    numbers = experts <= 24 and layers <= 48
+    fig = style.new_figure(
+        float(np.clip(0.52 * experts + 2.6, 5.2, 16)),
+        float(np.clip(0.42 * layers + 1.7, 2.6, 24)),
+        f"Expert load, {_when(at)}",
+    )
+    ax = fig.subplots()
+    uniform = 100 / alive.sum(1)
+    norm = Normalize(0, max(np.nanmax(share, initial=0), 1.5 * uniform.max()))
+    image = style.heatmap(
+        ax,
+        share,
+        cmap="cividis",
+        norm=norm,
+        form="{:.1f}".format if numbers else None,
+        aspect="auto",
+        fontsize=8,
+    )
+    ax.set_title(f"uniform share {_span(uniform)} %")
+    ax.set_xlabel("expert (g: ghost, –: dormant)" if names[-1].startswith("g") else "expert")
+    ax.set_ylabel("layer")
+    style.name_ticks(ax, names, axis="x")
+    style.name_ticks(ax, [str(layer) for layer in range(layers)], axis="y")
+    if layers <= 48:
+        _beside(ax, experts - 0.5, max_violation(share))
+    bar = fig.colorbar(image, ax=ax, pad=0.03, label="routing edges, %")
+    bar.outline.set_visible(False)
+    for share_of_layer in set(np.round(uniform, 3)):
+        bar.ax.axhline(share_of_layer, color="white", linewidth=1.5, linestyle="--")
+    return fig
+
+
+@style.styled
+def expert_load_over_time(record: RunRecord) -> Figure:
+    """Share of the routing edges that each expert gets while the model was trained, a panel a layer."""
+    load, at = series(record, "load"), steps(record)
+    alive = live(record, load.shape[1])
+    share = np.where(alive, 100 * load, np.nan)  # [S, L, E], per cent
+    names = expert_names(record)
+    colours = _colours(names)
+    shown = style.shown_layers(load.shape[1])
+    rows, columns = style.grid_shape(len(shown), 3.1)
+    fig = style.new_figure(max(3.1 * columns + 1.0, 5.5), 2.3 * rows + 0.6, "Expert load over time")
+    violation = max_violation(_final_share(record)[0])
+    width = 1.3 if len(names) <= 24 else 0.7
+    axes = style.panels(fig, len(shown), columns, sharey=True)
+    for index, (ax, layer) in enumerate(zip(axes, shown, strict=True)):
+        for expert, (name, colour) in enumerate(zip(names, colours, strict=True)):
+            dashes = "--" if name.startswith("g") else "-"
+            style.line(ax, at, share[:, layer, expert], color=colour, linestyle=dashes, linewidth=width)
+        uniform = {"color": style.INK, "linestyle": ":", "linewidth": 1.2}
+        if len(at) == 1:
+            ax.axhline(100 / alive[0, layer].sum(), **uniform)
+        ax.step(at, 100 / alive[:, layer].sum(1), where="post", **uniform)
+        ax.set_title(f"layer {layer} · MaxVio {violation[layer]:.2f}")
+        style.step_axis(ax, at, label=index + columns >= len(shown))
+        if index % columns == 0:
+            ax.set_ylabel("routing edges, %")
+    axes[0].set_ylim(bottom=0)
+    met = alive.any((0, 1))
+    _legend(fig, [(name, colour) for name, colour, once in zip(names, colours, met, strict=True) if once])
+    return fig
+
+
+def max_violation(share: np.ndarray) -> np.ndarray:
+    """Return MaxVio, ``max / mean - 1`` over the live experts of each layer, ``[L]``: 0 is perfect balance.
+
+    Args:
+        share: Load of each expert, ``[L, E]`` in any unit, NaN for an expert that is not live.
+    """
+    known = np.isfinite(share)
+    total, count = np.where(known, share, 0).sum(1), known.sum(1)
+    mean = np.divide(total, count, out=np.full(len(share), np.nan), where=total > 0)
+    return np.where(known, share, 0).max(1) / mean - 1
+
+
+def _final_share(record: RunRecord) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean load of the last quarter of the records.
+
+    Returns:
+        Per cent ``[L, E]``, NaN for an expert dormant at the end; who is live at the end ``[L, E]``;
+        the steps that were averaged.
+    """
+    load, at = series(record, "load"), steps(record)
+    window, alive = max(1, len(load) // 4), live(record, load.shape[1])[-1]
+    return np.where(alive, 100 * load[-window:].mean(0), np.nan), alive, at[-window:]
+
+
+def _beside(ax: Axes, x: float, violation: np.ndarray) -> None:
+    """Write MaxVio as a column to the right of a heatmap that ends at ``x``."""
+    look = {"textcoords": "offset points", "annotation_clip": False, "fontsize": 8}
+    ax.annotate("MaxVio", (x, -0.5), xytext=(8, 6), color=style.QUIET, **look)
+    for layer, value in enumerate(violation):
+        ax.annotate(f"{value:.2f}", (x, layer), xytext=(8, 0), va="center", **look)
+
+
+def _colours(names: list[str]) -> list[str]:
+    """Return one colour an expert: one scheme for primaries, another for ghosts (``g0`` ...)."""
+    primaries = sum(not name.startswith("g") for name in names)
+    colours = [style.PRIMARIES[index % len(style.PRIMARIES)] for index in range(primaries)]
+    return colours + [style.GHOSTS[index % len(style.GHOSTS)] for index in range(len(names) - primaries)]
+
+
+def _legend(fig: Figure, experts: list[tuple[str, str]]) -> None:
+    """One legend for all panels; with more than 24 experts colours repeat, so none is named."""
+    handles = [Line2D([], [], color=style.INK, linestyle=":", label="uniform")]
+    for name, colour in experts if len(experts) <= 24 else []:
+        dashes = "--" if name.startswith("g") else "-"
+        handles.append(Line2D([], [], color=colour, linestyle=dashes, label=name))
+    title = "expert" if len(experts) <= 24 else "a line an expert"
+    fig.legend(handles=handles, loc="outside right upper", title=title, title_fontsize=8.5)
+
+
+def _span(values: np.ndarray) -> str:
+    """``12.5``, or ``10.0 to 12.5`` where layers differ."""
+    low, high = f"{values.min():.1f}", f"{values.max():.1f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _when(at: np.ndarray) -> str:
+    """``step 20``, or ``mean over steps 3020 to 4000``."""
+    return f"step {at[0]}" if len(at) == 1 else f"mean over steps {at[0]} to {at[-1]}"

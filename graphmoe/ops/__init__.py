@@ -1,0 +1,3 @@
+from graphmoe.ops.grouped_mlp import grouped_mlp
+
+__all__ = ["grouped_mlp"]

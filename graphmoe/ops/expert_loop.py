@@ -1,0 +1,176 @@
+"""Expert MLPs as one matrix product per expert, on any device and dtype; reads ``ptr`` to the host.
+
+The rows of several small experts form a *run*, and a large expert is cut into several: elementwise
+work then has enough values for all threads and few enough for the cache, however uneven the load.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from graphmoe.errors import GraphError
+from graphmoe.ops.memory import empty
+
+HALVES = {"swiglu": 2, "gelu": 1}
+"""Activations, and how many blocks of ``F`` rows the first projection of each has."""
+
+RUN_VALUES = 1 << 20
+"""Hidden values ``rows * F`` of one run."""
+
+RUN_ROWS = 128
+"""Rows a run may have at any ``F``, so that its products stay efficient."""
+
+_aten = torch.ops.aten
+
+Run = list[tuple[int, int, int]]
+"""Consecutive pieces ``(expert, first row, end row)``."""
+
+
+def apply_loop(
+    rows: Tensor, gate_up: Tensor, down: Tensor, ptr: Tensor, activation: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Rows ``[R, D]`` to outputs ``[R, D_out]``, and with ``keep`` the hidden rows ``[halves * R * F]``."""
+    count, channels = rows.shape
+    halves, width = HALVES[activation], down.size(2)
+    offsets = read_offsets(ptr, count)
+    runs = make_runs(offsets, width)
+    longest = _longest(runs)
+    hidden = empty(rows, halves, count if keep else longest, width)
+    active = empty(rows, longest, width)
+    out = empty(rows, count, down.size(1))
+    out[offsets[-1] :].zero_()
+    first = gate_up.reshape(-1, width, channels).transpose(1, 2).unbind()  # E * halves of [D, F]
+    second = down.transpose(1, 2).unbind()  # E of [F, D_out]
+    for run in runs:
+        start, end = run[0][1], run[-1][2]
+        pre = hidden[:, start:end] if keep else hidden[:, : end - start]
+        for expert, low, high in run:
+            for half in range(halves):
+                weight = first[expert * halves + half]
+                torch.mm(rows[low:high], weight, out=pre[half, low - start : high - start])
+        activate(activation, pre.unbind(), active[: end - start])
+        for expert, low, high in run:
+            torch.mm(active[low - start : high - start], second[expert], out=out[low:high])
+    return out, hidden.flatten() if keep else hidden.new_empty(0)
+
+
+def back_loop(
+    grad: Tensor,
+    scaled: Tensor,
+    rows: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ptr: Tensor,
+    hidden: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the rows, both projections and the routing weights.
+
+    Args:
+        grad: Gradient of the weighted rows, ``[R, D_out]``.
+        scaled: ``grad`` times the routing weights.
+        rows: Input rows times the routing weights, ``[R, D]``.
+        gate_up, down, ptr, hidden, activation: As in and from :func:`apply_loop`.
+
+    Returns:
+        Gradients ``[R, D]`` (still without the routing weights), ``gate_up``, ``down``, ``[R]``.
+    """
+    count, channels = rows.shape
+    halves, width = HALVES[activation], down.size(2)
+    hidden = hidden.view(halves, count, width)
+    offsets = read_offsets(ptr, count)
+    runs = make_runs(offsets, width)
+    scratch = empty(rows, 3 + halves, _longest(runs), width)
+    grad_rows, grad_weight = empty(rows, count, channels), rows.new_empty(count)
+    grad_rows[offsets[-1] :].zero_()
+    grad_weight[offsets[-1] :].zero_()
+    grad_gate_up, grad_down = empty(rows, *gate_up.shape), empty(rows, *down.shape)
+    for expert, (start, end) in enumerate(pairwise(offsets)):
+        if start == end:
+            grad_gate_up[expert].zero_()
+            grad_down[expert].zero_()
+    first, second = gate_up.reshape(-1, width, channels).unbind(), down.unbind()
+    grad_first, grad_second = grad_gate_up.view(-1, width, channels).unbind(), grad_down.unbind()
+    for run in runs:
+        start, end = run[0][1], run[-1][2]
+        grad_active, active, spare, *grad_pre = scratch[:, : end - start].unbind()
+        for expert, low, high in run:
+            torch.mm(grad[low:high], second[expert], out=grad_active[low - start : high - start])
+        pre = hidden[:, start:end].unbind()
+        activate_back(activation, pre, grad_active, active, spare, grad_pre, grad_weight[start:end])
+        for expert, low, high in run:
+            here, again = slice(low - start, high - start), low > offsets[expert]
+            _product(scaled[low:high].t(), active[here], grad_second[expert], add=again)
+            for half in range(halves):
+                at, back = expert * halves + half, grad_pre[half][here]
+                _product(back.t(), rows[low:high], grad_first[at], add=again)
+                _product(back, first[at], grad_rows[low:high], add=half > 0)
+    return grad_rows, grad_gate_up, grad_down, grad_weight
+
+
+def activate(activation: str, pre: tuple[Tensor, ...], out: Tensor) -> None:
+    """Write the activation of the hidden values ``pre``, one ``[*, F]`` a half, to ``out``."""
+    if activation == "swiglu":
+        _aten.silu.out(pre[0], out=out).mul_(pre[1])
+    else:
+        _aten.gelu.out(pre[0], out=out)
+
+
+def activate_back(
+    activation: str,
+    pre: tuple[Tensor, ...],
+    grad: Tensor,
+    out: Tensor,
+    spare: Tensor,
+    grad_pre: list[Tensor],
+    dot: Tensor,
+) -> None:
+    """Gradient of :func:`activate` to ``grad_pre``, its value to ``out``, ``sum(value * grad)`` to ``dot``.
+
+    ``grad`` and ``spare`` are used up. One exponential serves the gate, its derivative and the value:
+    with s = sigmoid(g), a = g s u and t = grad u, the gradient of g is t (s + g s (1 - s)), which is the
+    interpolation of ``a grad`` and ``t`` at ``s``, and ``a grad`` is what ``dot`` sums.
+    """
+    if activation == "swiglu":
+        (gate, up), (grad_gate, grad_up) = pre, grad_pre
+        torch.sigmoid(gate, out=spare)
+        torch.mul(gate, spare, out=out)
+        torch.mul(out, grad, out=grad_up)
+        torch.mul(out.mul_(up), grad, out=grad_gate)
+        torch.sum(grad_gate, 1, dtype=dot.dtype, out=dot)
+        grad_gate.lerp_(grad.mul_(up), spare)
+    else:
+        _aten.gelu.out(pre[0], out=out)
+        torch.mul(out, grad, out=spare)
+        torch.sum(spare, 1, dtype=dot.dtype, out=dot)
+        _aten.gelu_backward.grad_input(grad, pre[0], grad_input=grad_pre[0])
+
+
+def read_offsets(ptr: Tensor, count: int) -> list[int]:
+    offsets = ptr.tolist()
+    if offsets[0] != 0 or offsets[-1] > count or any(low > high for low, high in pairwise(offsets)):
+        raise GraphError("offsets do not ascend within the rows", "ptr", f"0 <= ... <= {count}", offsets)
+    return offsets
+
+
+def make_runs(offsets: list[int], width: int) -> list[Run]:
+    limit = max(RUN_ROWS, RUN_VALUES // width)
+    runs: list[Run] = []
+    for expert, (start, end) in enumerate(pairwise(offsets)):
+        pieces = -(-(end - start) // limit)
+        for piece in range(pieces):
+            low = start + (end - start) * piece // pieces
+            high = start + (end - start) * (piece + 1) // pieces
+            if not runs or high - runs[-1][0][1] > limit:
+                runs.append([])
+            runs[-1].append((expert, low, high))
+    return runs
+
+
+def _longest(runs: list[Run]) -> int:
+    return max((run[-1][2] - run[0][1] for run in runs), default=0)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
+    torch.addmm(out, left, right, beta=int(add), out=out)

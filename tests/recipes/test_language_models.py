@@ -1,0 +1,251 @@
+"""Recipes from the outside: command lines, exit codes, what lies on disk, and what bad input leaves there."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import graphmoe
+from graphmoe import checkpoint
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    *(
+        "--tokenizer=bytes",
+        "--seq_len=32",
+        "--batch_size=4",
+        "--embed_dim=16",
+        "--num_layers=2",
+        "--num_heads=2",
+    ),
+    *("--expert_dim=16", "--eval_windows=4", "--warmup_steps=2", "--log_every=2", "--num_threads=1"),
+    *("--device=cpu", "--sample_tokens=8"),
+]
+GHOSTS = ["--ghost_window=3", "--ghost_rate=0.34"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for index, name in enumerate(("abc", "argparse", "ast", "base64", "bisect")):
+        source = Path(sys.modules["os"].__file__).parent / f"{name}.py"
+        (folder / f"{index}.txt").write_text(source.read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    return folder
+
+
+def command(recipe: str, *flags: object) -> list[str]:
+    return [sys.executable, "-m", f"recipes.{recipe}", *map(str, flags)]
+
+
+def run(recipe: str, *flags: object, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(recipe, *flags), capture_output=True, text=True, cwd=ROOT, check=False, **options
+    )
+
+
+def losses(run_dir: Path) -> dict[int, str]:
+    rows = checkpoint.read(run_dir).metrics
+    return {row["step"]: float.hex(row["loss"]) for row in rows if row["kind"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory) -> tuple[Path, str]:
+    """An uninterrupted run of ghost_lm and what it printed."""
+    out = tmp_path_factory.mktemp("runs")
+    done = run(
+        "ghost_lm", *SMALL, *GHOSTS, "--dataset", corpus, "--out_dir", out, "--max_steps=12", "--save_every=4"
+    )
+    assert done.returncode == 0, done.stderr
+    return out / "ghost_lm", done.stdout + done.stderr
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    run_dir, printed = finished
+    names = {path.name for path in run_dir.iterdir()}
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "records.safetensors",
+        "result.json",
+        "report.html",
+        "plots",
+    } <= names
+    assert {path.stem for path in (run_dir / "plots").iterdir()} >= {
+        "training_curves", "expert_load", "expert_connections", "ghost_timeline"
+    }  # fmt: skip
+    result = json.loads((run_dir / "result.json").read_text())
+    assert set(result) >= {
+        "recipe", "metrics", "chance", "baseline", "seconds", "steps", "peak_rss_mb", "params_total",
+        "params_active", "seed", "dataset", "device", "versions",
+    }  # fmt: skip
+    assert set(result["metrics"]) == {"bits_per_byte", "perplexity", "loss", "tokens_per_second"}
+    assert result["baseline"]["bits_per_byte"] < result["chance"]["bits_per_byte"]
+    assert result["steps"] == 12 and result["params_active"] < result["params_total"]
+    first = result["ghosts"][0]
+    assert first["activating"] is not None and first["active"] is not None
+    assert "fewer bits per byte than the unigram model" in printed and "dormant until step" in printed
+    assert "sample: " in printed
+
+
+def test_its_checkpoint_is_a_transformers_model_with_a_tokenizer(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run_dir, _ = finished
+    step = checkpoint.latest(run_dir)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(step), AutoTokenizer.from_pretrained(step)
+    ids = tokenizer("import ", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, ids.size(1) + 4)
+    ours = graphmoe.load(run_dir)
+    assert torch.equal(ours(ids).logits, graphmoe.load(step)(ids).logits)
+    assert ours.moe_layers()[0].ghosts.phase[0] == 2
+    assert "ghost_timeline" in graphmoe.visualize(step)
+
+
+def test_evaluate_scores_the_same_and_samples(finished, corpus):
+    run_dir, _ = finished
+    done = run("ghost_lm", "--evaluate", run_dir)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run_dir / "result.json").read_text())
+    assert f"model: loss {result['metrics']['loss']:.4f}" in done.stdout
+    done = run("ghost_lm", "--evaluate", run_dir, "--sample", "def f(")
+    assert done.returncode == 0 and done.stdout.startswith("def f(|")
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_stopped_and_resumed_gives_the_same_losses(finished, corpus, tmp_path, signum, code):
+    whole, _ = finished
+    flags = [*SMALL, *GHOSTS, "--dataset", corpus, "--out_dir", tmp_path, "--max_steps=12", "--save_every=4"]
+    process = subprocess.Popen(
+        command("ghost_lm", *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "ghost_lm").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signum)
+    error = process.communicate()[1]
+    assert process.returncode in (code, 0), error  # 0: it was faster than the signal
+    done = run("ghost_lm", "--resume", "--out_dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    resumed = losses(tmp_path / "ghost_lm")  # a clean stop logs its last step as well
+    assert {step: resumed[step] for step in losses(whole)} == losses(whole)
+    a, b = (graphmoe.load(path).state_dict() for path in (whole, tmp_path / "ghost_lm"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("recipe", ["moe_lm", "dense_lm"])
+def test_baselines_run(recipe, corpus, tmp_path):
+    done = run(recipe, *SMALL, "--dataset", corpus, "--out_dir", tmp_path, "--max_steps=2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / recipe / "result.json").read_text())
+    assert result["steps"] == 2 and "ghosts" not in result
+    assert (tmp_path / recipe / "report.html").exists()
+
+
+def test_flag_beats_yaml_beats_default(corpus, tmp_path):
+    (tmp_path / "c.yaml").write_text("learning_rate: 1e-3\nseed: 5\nmax_steps: 2\n")
+    done = run(
+        "moe_lm", *SMALL, tmp_path / "c.yaml", "--seed=6", "--dataset", corpus, "--out_dir", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load((tmp_path / "out" / "moe_lm" / "config.yaml").read_text())
+    assert (config["learning_rate"], config["seed"], config["max_steps"]) == (1e-3, 6, 2)
+    assert config["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--num_expert=4"], "did you mean --num_experts"),
+        (["--top_k=9"], "--top_k: k must not exceed the number of experts; expected 1 <= k <= 6; got 9"),
+        (["--num_heads=3"], "--num_heads: heads must divide"),
+        (["--num_kv_heads=4"], "--num_kv_heads"),
+        (["--dataset=/no/such/corpus"], "/no/such/corpus"),
+        (["--dataset={empty}"], "empty"),
+        (["--seq_len=1000000"], "sequence"),
+        (["--coupling=mesh"], "--coupling: unknown coupling; expected one of none, gnn, hyper; got 'mesh'"),
+        (["--hyperedge_strategy=all_triplets", "--top_k=2"], "all_triplets needs more rows"),
+        (["--device=cuda"], "--device"),
+        (["--learning_rate=fast"], "--learning_rate"),
+        (["--run_name=../elsewhere"], "--run_name"),
+        (["--config={empty}/none.yaml"], "none.yaml"),
+        (["--resume"], "resume"),
+        (["--evaluate=/no/such/run"], "/no/such/run"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_leaves_nothing(flags, message, corpus, tmp_path, capsys, monkeypatch):
+    if flags == ["--device=cuda"] and torch.cuda.is_available():
+        pytest.skip("CUDA is here")
+    from recipes import ghost_lm
+
+    (tmp_path / "empty").mkdir()
+    flags = [flag.format(empty=tmp_path / "empty") for flag in flags]
+    threads = torch.get_num_threads()
+    code = ghost_lm.main([*SMALL, "--dataset", str(corpus), "--out_dir", str(tmp_path / "runs"), *flags])
+    torch.set_num_threads(threads)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_existing_run_is_never_overwritten(finished, capsys):
+    from recipes import ghost_lm
+
+    run_dir, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    assert ghost_lm.main([*SMALL, "--out_dir", str(run_dir.parent), "--max_steps=2"]) == 2
+    assert "run exists; expected --resume, --overwrite" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+def test_a_damaged_checkpoint_is_named(finished, capsys, tmp_path):
+    from recipes import ghost_lm
+
+    run_dir, _ = finished
+    copy = tmp_path / "ghost_lm"
+    shutil.copytree(run_dir, copy)
+    for step in copy.glob("step-*"):
+        data = bytearray((step / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (step / "model.safetensors").write_bytes(data)
+    with pytest.warns(UserWarning, match=r"model\.safetensors"):
+        assert ghost_lm.main(["--resume", "--out_dir", str(tmp_path)]) == 2
+    assert "error: " in capsys.readouterr().err
+    assert list(copy.glob("damaged-step-*"))
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(finished, corpus, tmp_path):
+    """Whatever moment SIGKILL hits, the run resumes by itself to the losses of one never stopped."""
+    whole, _ = finished
+    flags = [*SMALL, *GHOSTS, "--dataset", corpus, "--out_dir", tmp_path, "--max_steps=12", "--save_every=1"]
+    moments = random.Random(0)
+    kills = 0
+    while kills < 20:
+        begun = (tmp_path / "ghost_lm" / "config.yaml").exists()
+        process = subprocess.Popen(
+            command("ghost_lm", *flags, *(["--resume"] if begun else [])),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(timeout=moments.uniform(4, 9))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            continue
+        assert process.returncode == 0
+        assert losses(tmp_path / "ghost_lm") == losses(whole)
+        shutil.rmtree(tmp_path / "ghost_lm")
