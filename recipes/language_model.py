@@ -148,9 +148,7 @@ def train(config: LanguageModelConfig, recipe: str) -> Path:
         } | ghost_steps(run_dir)
         result["seconds"] = time.perf_counter() - began
         checkpoint.write_json(run_dir / "result.json", result)
-        pictures = visualize(run_dir)
-        pictures.save(run_dir / "plots")
-        pictures.to_html(run_dir / "report.html")
+        visualize(run_dir, out=run_dir)
     report(result, run_dir)
     return run_dir
 
@@ -280,7 +278,8 @@ def report(result: dict, run_dir: Path) -> None:
         say(f"{name:>16} " + " ".join(f"{'-':>10}" if v is None else f"{v:>10.3f}" for v in values))
     if result["metrics"]["bits_per_byte"] is not None:
         below = 1 - result["metrics"]["bits_per_byte"] / result["baseline"]["bits_per_byte"]
-        say(f"{100 * below:.1f} % fewer bits per byte than the unigram model")
+        word = "fewer" if below >= 0 else "MORE"
+        say(f"{abs(100 * below):.1f} % {word} bits per byte than the unigram model")
     for row in result.get("ghosts", ()):
         if row["activating"] is not None:
             active = "not yet active" if row["active"] is None else f"active at {row['active']}"
