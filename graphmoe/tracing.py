@@ -6,7 +6,7 @@ from torch_geometric.data import HeteroData
 
 from graphmoe.errors import ConfigError
 from graphmoe.graph import to_hetero
-from graphmoe.nn import AttendConv, MoELayer, edge_form
+from graphmoe.nn import AttendConv, MoELayer, edge_form, moe_layers
 from graphmoe.typing import ATTENDS, COUPLES, EXPERT, ROUTES, TOKEN, Record
 
 
@@ -26,7 +26,7 @@ def trace(model: nn.Module, **inputs: Tensor) -> HeteroData:
     Raises:
         ConfigError: The model has no MoE layer of this library.
     """
-    layers = [m for m in model.modules() if isinstance(m, MoELayer)]
+    layers = moe_layers(model)
     if not layers:
         raise ConfigError("nothing to trace", "model", "a model with MoELayers", type(model).__name__)
     attention: list[tuple[Tensor, Tensor]] = []

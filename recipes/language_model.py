@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from graphmoe import checkpoint, visualize
@@ -21,7 +18,9 @@ from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM, load
 from graphmoe.train import callbacks as on
 from graphmoe.train.config import RunConfig, changed, exit_code, flag, from_run, open_run, parse, to_yaml
 from graphmoe.train.evaluate import mean_loss
+from graphmoe.train.logs import MetricsLog, RecordLog
 from graphmoe.train.loop import Every, fit, reseed
+from recipes.reporting import ghost_steps, peak_rss_mb, report, sample_text, say, scores, speed
 
 # The words of the command line, where they differ from those of transformers and of layers.
 _MODEL_WORDS = {
@@ -144,13 +143,18 @@ def train(config: LanguageModelConfig, recipe: str) -> Path:
             "dataset": corpus.name,
             "device": str(state.accelerator.device),
             "versions": checkpoint.versions(),
-            "sample": sample_text(config, model, corpus),
+            "sample": sample(config, model, corpus),
         } | ghost_steps(run_dir)
         result["seconds"] = time.perf_counter() - began
         checkpoint.write_json(run_dir / "result.json", result)
         visualize(run_dir, out=run_dir)
     report(result, run_dir)
     return run_dir
+
+
+def sample(config: LanguageModelConfig, model: GraphMoEForCausalLM, corpus: Corpus) -> str | None:
+    """The sample that the flags ask for."""
+    return sample_text(model, corpus, prompt=config.sample, num_tokens=config.sample_tokens, seed=config.seed)
 
 
 def read_corpus(config: LanguageModelConfig) -> Corpus:
@@ -193,7 +197,7 @@ def hooks(
     """The callbacks of a run, in the order in which they act after a step."""
     keys = ("coupling", "num_experts", "num_ghosts", "ghost_activation_threshold", "hyperedge_strategy")
     facts = {"recipe": recipe, "k": config.top_k} | {key: getattr(config, key) for key in keys}
-    records, log = on.RecordLog(facts), on.MetricsLog(run_dir, dtype="bf16" if config.bf16 else "fp32")
+    records, log = RecordLog(facts), MetricsLog(run_dir, dtype="bf16" if config.bf16 else "fp32")
     some = held_out.sequential(config.eval_windows)
     check = on.Evaluate(lambda m: scores(corpus, mean_loss(m, some, batch_size=config.batch_size)), log)
     ghosts = on.GhostActivation(model)
@@ -221,79 +225,6 @@ def language_batch(windows: np.ndarray) -> dict[str, torch.Tensor | bool]:
     return {"input_ids": inputs, "labels": inputs, "shift_labels": targets, "output_records": True}
 
 
-def scores(corpus: Corpus, loss: float) -> dict[str, float | None]:
-    """A loss in nats per token in the three units people use."""
-    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": corpus.bits_per_byte(loss)}
-
-
-def speed(run_dir: Path) -> float:
-    """Median training speed of a run, tokens per second."""
-    rows = [row["tokens_per_second"] for row in checkpoint.read(run_dir).metrics if row["kind"] == "train"]
-    return sorted(rows)[len(rows) // 2]
-
-
-def peak_rss_mb() -> float:
-    """Largest resident memory of this process so far, MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def sample_text(config: LanguageModelConfig, model: nn.Module, corpus: Corpus) -> str | None:
-    """Continue ``--sample``, or the beginning of a held-out document; a bar marks where the model began."""
-    if corpus.tokenizer is None:
-        return None
-    text = config.sample or corpus.tokenizer.decode(corpus.held_out[:12].tolist())
-    ids = corpus.tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
-    reseed(config.seed, 0)
-    out = model.eval().generate(
-        ids, max_new_tokens=config.sample_tokens, do_sample=True, temperature=0.8, top_k=50,
-        pad_token_id=corpus.tokenizer.eos_token_id,
-    )  # fmt: skip
-    return f"{text}|{corpus.tokenizer.decode(out[0, ids.size(1) :].tolist())}"
-
-
-def ghost_steps(run_dir: Path) -> dict[str, list[dict]]:
-    """When each ghost began to wake and when it was active, from the run's records.
-
-    Steps are those of the record in which the phase is first seen.
-    """
-    records = checkpoint.read(run_dir).records
-    if "ghost_phase" not in records:
-        return {}
-    phase, steps = records["ghost_phase"], records["step"]  # [S, L, G], [S]
-    rows = []
-    for layer in range(phase.shape[1]):
-        for ghost in range(phase.shape[2]):
-            seen = [steps[phase[:, layer, ghost] >= value] for value in (1, 2)]
-            first = [int(found[0]) if len(found) else None for found in seen]
-            rows.append({"layer": layer, "ghost": ghost, "activating": first[0], "active": first[1]})
-    return {"ghosts": rows}
-
-
-def report(result: dict, run_dir: Path) -> None:
-    """Print the headline figures of a run, each beside its baseline and its chance level."""
-    say(f"{'held-out':>16} {'model':>10} {'unigram':>10} {'chance':>10}")
-    for name in ("bits_per_byte", "perplexity", "loss"):
-        values = [result[part].get(name) for part in ("metrics", "baseline", "chance")]
-        say(f"{name:>16} " + " ".join(f"{'-':>10}" if v is None else f"{v:>10.3f}" for v in values))
-    if result["metrics"]["bits_per_byte"] is not None:
-        below = 1 - result["metrics"]["bits_per_byte"] / result["baseline"]["bits_per_byte"]
-        word = "fewer" if below >= 0 else "MORE"
-        say(f"{abs(100 * below):.1f} % {word} bits per byte than the unigram model")
-    for row in result.get("ghosts", ()):
-        if row["activating"] is not None:
-            active = "not yet active" if row["active"] is None else f"active at {row['active']}"
-            name = f"layer {row['layer']}, ghost {row['ghost']}"
-            say(f"{name}: dormant until step {row['activating']}, then activating, {active}")
-    say(
-        f"{result['seconds']:.0f} s in all, {result['metrics']['tokens_per_second']:,.0f} tokens/s, "
-        f"peak memory {result['peak_rss_mb']:,.0f} MB"
-    )
-    if result["sample"] is not None:
-        say(f"sample: {result['sample']}")
-    say(f"checkpoint, plots and report.html: {run_dir}")
-
-
 def evaluate(config: LanguageModelConfig) -> None:
     """Score a finished run on its own held-out documents, or continue ``--sample``, without training."""
     run_dir = Path(config.evaluate)
@@ -304,7 +235,7 @@ def evaluate(config: LanguageModelConfig) -> None:
             "corpus of another vocabulary", "--dataset", model.config.vocab_size, corpus.vocab_size
         )
     if config.sample is not None:
-        say(sample_text(config, model, corpus) or "no tokenizer, no sample")
+        say(sample(config, model, corpus) or "no tokenizer, no sample")
         return
     windows = TokenWindows(corpus.held_out, config.seq_len)
     loss = mean_loss(model, windows.sequential(), batch_size=config.batch_size)
@@ -315,8 +246,3 @@ def evaluate(config: LanguageModelConfig) -> None:
     }
     for name, row in rows.items():
         say(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in row.items() if value is not None))
-
-
-def say(text: str) -> None:
-    """Print a line to the terminal."""
-    print(text, flush=True)

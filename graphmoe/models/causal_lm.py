@@ -1,17 +1,15 @@
 """The language model: a true transformers model whose blocks are the relations of the typed graph."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
-from transformers.utils import ModelOutput
 
 from graphmoe import loss as losses
 from graphmoe.models.configuration import GraphMoEConfig
+from graphmoe.models.outputs import GraphMoECausalLMOutput, GraphMoEModelOutput
 from graphmoe.nn import (
     AttendConv,
     Block,
@@ -22,42 +20,10 @@ from graphmoe.nn import (
     HyperCoupleConv,
     MoELayer,
     TopKRouter,
+    moe_layers,
     rotary,
 )
 from graphmoe.typing import Record
-
-
-@dataclass
-class GraphMoEModelOutput(ModelOutput):
-    """Output of :class:`GraphMoEModel`."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    records: tuple[Record, ...] | None = None
-
-
-@dataclass
-class GraphMoECausalLMOutput(ModelOutput):
-    """Output of :class:`GraphMoEForCausalLM`.
-
-    Attributes:
-        loss: ``lm_loss`` plus every auxiliary loss times its coefficient, scalar.
-        logits: ``[B, T, vocab_size]``.
-        lm_loss: Mean cross-entropy of the next token, nats.
-        aux_losses: Unscaled auxiliary losses, averaged over layers, by name.
-        router_logits: Router scores of each layer, ``[B * T, E]``.
-        records: What each MoE layer did, with ``output_records=True``.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    lm_loss: Tensor | None = None
-    aux_losses: dict[str, Tensor] | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    records: tuple[Record, ...] | None = None
 
 
 class GraphMoEPreTrainedModel(PreTrainedModel):
@@ -251,7 +217,7 @@ class GraphMoEForCausalLM(GraphMoEPreTrainedModel, GenerationMixin):
 
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers in order; their number is that of the records."""
-        return [b.feed_forward for b in self.model.layers if isinstance(b.feed_forward, MoELayer)]
+        return moe_layers(self)
 
     def num_active_parameters(self) -> int:
         """Parameters that one token passes through: everything but the experts it does not take

@@ -4,7 +4,7 @@ from graphmoe.nn.couple import CoupleConv, HyperCoupleConv
 from graphmoe.nn.edge_form import edge_form
 from graphmoe.nn.expert import ExpertConv, FeedForward, GhostGate
 from graphmoe.nn.fuse import SumFusion
-from graphmoe.nn.moe import MoELayer
+from graphmoe.nn.moe import MoELayer, moe_layers
 from graphmoe.nn.route import DenseRouter, TopKRouter
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "SumFusion",
     "TopKRouter",
     "edge_form",
+    "moe_layers",
     "rotary",
 ]

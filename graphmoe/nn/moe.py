@@ -163,7 +163,8 @@ class MoELayer(nn.Module):
 
     def _rows(self, x: Tensor, routing: Routing) -> Tensor:
         row = torch.arange(routing.token.numel(), device=x.device)
-        return self.experts(x, torch.stack([routing.token, row]), routing.expert, routing.ptr)
+        edges = torch.stack([routing.token, row])
+        return self.experts(x, edges, routing.expert, routing.ptr, routing.perm)
 
     def _couple(self, slots: Tensor, expert: Tensor, level: Tensor | None) -> Tensor:
         if isinstance(self.router, DenseRouter):
@@ -193,6 +194,11 @@ class MoELayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"k={self.k}, coupling={self.coupling!r}, num_ghosts={self.num_ghosts}"
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers of a model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
 def expert_means(rows: Tensor, routing: Routing) -> Tensor:

@@ -13,6 +13,7 @@ from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM
 from graphmoe.train import callbacks as on
 from graphmoe.train.config import RunConfig, Stopped
 from graphmoe.train.evaluate import mean_loss
+from graphmoe.train.logs import MetricsLog, RecordLog
 from graphmoe.train.loop import Callback, Every, NonFiniteError, fit, reseed
 
 
@@ -74,7 +75,7 @@ def train(run_dir, *, net=None, extra=(), resume_from=None, save_every=4, **opti
     (run_dir / "config.yaml").write_text("recipe: test\n")
     net = net or model()
     losses, ghosts = Losses(), on.GhostActivation(net)
-    records, log = on.RecordLog({"recipe": "test"}), on.MetricsLog(run_dir)
+    records, log = RecordLog({"recipe": "test"}), MetricsLog(run_dir)
     hooks = [ghosts, on.OrthogonalityWarmup(8), Every(2, records), Every(2, log), losses, *extra,
              Every(save_every, on.Save(records=records))]  # fmt: skip
     try:
@@ -225,7 +226,7 @@ def test_accumulation_equals_one_large_batch(tmp_path, double):
 def test_metrics_and_plain_progress(tmp_path):
     stream = io.StringIO()
     windows = np.random.default_rng(0).integers(0, 31, (5, 9))
-    log = on.MetricsLog(tmp_path)
+    log = MetricsLog(tmp_path)
     check = on.Evaluate(lambda m: {"loss": mean_loss(m, windows, batch_size=2), "bits_per_byte": 2.5}, log)
     hooks = [Every(2, log), Every(3, check), on.Progress(every=3, evaluation=check, stream=stream)]
     net = model()

@@ -34,7 +34,8 @@ class ExpertConv(MessagePassing):
 
     Shapes:
         - **input:** ``x [N, D]``, ``edge_index [2, R]`` (token, row), ``expert [R]`` int64 (``E``
-          for an absent row, whose output is 0), ``ptr [E + 1]``.
+          for an absent row, whose output is 0), ``ptr [E + 1]``, ``perm [R]`` (place of each row in
+          token order; saves a sort).
         - **output:** ``[R, D]``.
 
     Raises:
@@ -70,11 +71,19 @@ class ExpertConv(MessagePassing):
             bound = weight.size(-1) ** -0.5
             nn.init.uniform_(weight, -bound, bound)
 
-    def forward(self, x: Tensor, edge_index: Tensor, expert: Tensor, ptr: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        edge_index: Tensor,
+        expert: Tensor,
+        ptr: Tensor | None = None,
+        perm: Tensor | None = None,
+    ) -> Tensor:
         if ptr is not None and self.fuse:
             return grouped_mlp(
-                x, self.gate_up_proj, self.down_proj, ptr, token=edge_index[0], activation=self.activation
-            )
+                x, self.gate_up_proj, self.down_proj, ptr,
+                token=edge_index[0], perm=perm, activation=self.activation,
+            )  # fmt: skip
         size = (x.size(0), expert.numel())
         return self.propagate(edge_index, x=(x, None), expert=(None, expert.unsqueeze(-1)), size=size)
 
