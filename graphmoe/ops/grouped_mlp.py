@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from graphmoe.errors import ConfigError, GraphError
 from graphmoe.ops.expert_grouped_mm import apply_grouped, back_grouped, suits_grouped_mm
 from graphmoe.ops.expert_loop import HALVES, apply_loop, back_loop
+from graphmoe.ops.memory import empty
 
 # A half-precision product on a CPU without instructions for it is 10 to 100 times slower than float32.
 _NATIVE_ON_CPU = {
@@ -159,7 +160,8 @@ def _backward_op(
     if weight is not None:
         # Scaling the rows on the way in and out touches D values a row, scaling inside touches F.
         scale = weight.to(dtype).unsqueeze(1)
-        rows, scaled = rows * scale, grad * scale
+        rows = torch.mul(rows, scale, out=empty(rows, *rows.shape) if token is None else rows)
+        scaled = torch.mul(grad, scale, out=empty(grad, *grad.shape))
     back = back_grouped if suits_grouped_mm(x, down) else back_loop
     grad_x, grad_gate_up, grad_down, grad_weight = back(
         grad, scaled, rows, gate_up.to(dtype), down.to(dtype), ptr, hidden, activation
@@ -204,7 +206,9 @@ def _working_dtype(x: Tensor) -> torch.dtype:
 
 
 def _gather(x: Tensor, index: Tensor | None) -> Tensor:
-    return x.contiguous() if index is None else x.index_select(0, index)
+    if index is None:
+        return x.contiguous()
+    return torch.index_select(x, 0, index, out=empty(x, index.numel(), x.size(1)))
 
 
 def _sum_by_node(rows: Tensor, weight: Tensor | None, order: Tensor, bounds: Tensor) -> Tensor:

@@ -165,11 +165,11 @@ def test_same_weights_across_precision_and_autocast():
     assert copy.deepcopy(layer).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("coupling, strategy", COUPLINGS)
-@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize(
+    "coupling, strategy, k",
+    [*((*pair, 3) for pair in COUPLINGS), ("gnn", None, 4), ("hyper", "all_pairs", 4)],
+)
 def test_compiles_whole(coupling, strategy, k):
-    if strategy == "all_triplets" and k == 2:
-        pytest.skip("three experts a token are needed for triplets")
     layer = build(coupling, strategy, k=k, num_ghosts=2)
     x = torch.randn(16, 6)
     torch._dynamo.reset()
