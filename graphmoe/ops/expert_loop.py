@@ -40,6 +40,8 @@ def apply_loop(
     active = empty(rows, longest, width)
     out = empty(rows, count, down.size(1))
     out[offsets[-1] :].zero_()
+    if keep:
+        hidden[:, offsets[-1] :].zero_()
     first = gate_up.reshape(-1, width, channels).transpose(1, 2).unbind()  # E * halves of [D, F]
     second = down.transpose(1, 2).unbind()  # E of [F, D_out]
     for run in runs:

@@ -122,7 +122,7 @@ def _forward_op(
     """The output, and with ``keep`` the hidden rows, flat, in a layout private to the two operators."""
     dtype = _working_dtype(x)
     rows = _gather(x.to(dtype), token)
-    apply = apply_grouped if suits_grouped_mm(x, down) else apply_loop
+    apply = apply_grouped if suits_grouped_mm(rows, down) else apply_loop
     out, hidden = apply(rows, gate_up.to(dtype), down.to(dtype), ptr, activation, keep)
     if reduce:
         out = _sum_by_node(out, weight, order, bounds)
@@ -162,7 +162,7 @@ def _backward_op(
         scale = weight.to(dtype).unsqueeze(1)
         rows = torch.mul(rows, scale, out=empty(rows, *rows.shape) if token is None else rows)
         scaled = torch.mul(grad, scale, out=empty(grad, *grad.shape))
-    back = back_grouped if suits_grouped_mm(x, down) else back_loop
+    back = back_grouped if suits_grouped_mm(rows, down) else back_loop
     grad_x, grad_gate_up, grad_down, grad_weight = back(
         grad, scaled, rows, gate_up.to(dtype), down.to(dtype), ptr, hidden, activation
     )
@@ -192,9 +192,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad, _):
     if grad is None:
         return (None,) * 11
-    weight = ctx.saved_tensors[5]
-    grads = _backward_op(grad, *ctx.saved_tensors, ctx.reduce, ctx.activation)
-    return *grads[:3], None, None, None if weight is None else grads[3], *(None,) * 5
+    saved = ctx.saved_tensors  # read once: under checkpointing each read recomputes
+    *grads, grad_weight = _backward_op(grad, *saved, ctx.reduce, ctx.activation)
+    return *grads, None, None, None if saved[5] is None else grad_weight, *(None,) * 5
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
