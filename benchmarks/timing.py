@@ -7,22 +7,31 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def side_by_side(
-    work: Mapping[str, Callable[[], object]], *, rounds: int = 9, warmup: int = 2
-) -> dict[str, float]:
+BUDGET = 8.0
+"""Seconds of timed rounds a function may take; a slow one gets fewer rounds, at least 3."""
+
+
+def side_by_side(work: Mapping[str, Callable[[], object]], *, rounds: int = 9) -> dict[str, float]:
     """Median milliseconds of each function; they take turns, so that a slow moment hits all alike."""
-    for function in work.values():
-        for _ in range(warmup):
-            function()
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(rounds):
+    times: dict[str, list[float]] = {}
+    turns: dict[str, int] = {}
+    for name, function in work.items():
+        _clock(function)  # warm-up
+        seconds = _clock(function)
+        times[name], turns[name] = [], max(3, min(rounds, int(BUDGET / max(seconds, 1e-9))))
+    for turn in range(rounds):
         for name, function in work.items():
-            synchronize()
-            began = time.perf_counter()
-            function()
-            synchronize()
-            times[name].append(1e3 * (time.perf_counter() - began))
+            if turn < turns[name]:
+                times[name].append(1e3 * _clock(function))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _clock(function: Callable[[], object]) -> float:
+    synchronize()
+    began = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - began
 
 
 def synchronize() -> None:

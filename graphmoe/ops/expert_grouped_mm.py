@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphmoe.ops.expert_loop import HALVES, activate, activate_back
+from graphmoe.ops.expert_loop import activate, activate_back
 
 
 def suits_grouped_mm(rows: Tensor, down: Tensor) -> bool:
@@ -18,14 +18,14 @@ def suits_grouped_mm(rows: Tensor, down: Tensor) -> bool:
 def apply_grouped(
     rows: Tensor, gate_up: Tensor, down: Tensor, ptr: Tensor, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`~graphmoe.ops.expert_loop.apply_loop`; ``hidden`` is ``[R, halves * F]``, flat."""
+    """As :func:`~graphmoe.ops.expert_loop.apply_loop`."""
     ends = ptr[1:].to(torch.int32)
     hidden = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends)
     active = hidden.new_empty(rows.size(0), down.size(2))
-    activate(activation, hidden.chunk(HALVES[activation], dim=1), active)
+    activate(activation, hidden.split(down.size(2), dim=1), active)
     out = F.grouped_mm(active, down.transpose(1, 2), offs=ends)
     out.masked_fill_(_absent(ptr, rows), 0)
-    return out, hidden.flatten() if keep else hidden.new_empty(0)
+    return out, hidden if keep else hidden.new_empty(0)
 
 
 def back_grouped(
@@ -39,13 +39,12 @@ def back_grouped(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`~graphmoe.ops.expert_loop.back_loop`."""
-    ends, halves = ptr[1:].to(torch.int32), HALVES[activation]
-    hidden = hidden.view(rows.size(0), -1)
+    ends, width = ptr[1:].to(torch.int32), down.size(2)
     grad_active = F.grouped_mm(grad, down, offs=ends)
     active, spare = torch.empty_like(grad_active), torch.empty_like(grad_active)
     grad_hidden = torch.empty_like(hidden)
     grad_weight = rows.new_empty(rows.size(0), dtype=torch.float32)
-    pre, grad_pre = hidden.chunk(halves, dim=1), grad_hidden.chunk(halves, dim=1)
+    pre, grad_pre = hidden.split(width, dim=1), grad_hidden.split(width, dim=1)
     activate_back(activation, pre, grad_active, active, spare, grad_pre, grad_weight)
     grad_rows = F.grouped_mm(grad_hidden, gate_up, offs=ends)
     grad_gate_up = F.grouped_mm(grad_hidden.t(), rows, offs=ends)

@@ -30,31 +30,27 @@ Run = list[tuple[int, int, int]]
 def apply_loop(
     rows: Tensor, gate_up: Tensor, down: Tensor, ptr: Tensor, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """Rows ``[R, D]`` to outputs ``[R, D_out]``, and with ``keep`` the hidden rows ``[halves * R * F]``."""
-    count, channels = rows.shape
-    halves, width = HALVES[activation], down.size(2)
+    """Rows ``[R, D]`` to outputs ``[R, D_out]``, and with ``keep`` the hidden rows ``[R, halves * F]``."""
+    count, width = rows.size(0), down.size(2)
     offsets = read_offsets(ptr, count)
     runs = make_runs(offsets, width)
     longest = _longest(runs)
-    hidden = empty(rows, halves, count if keep else longest, width)
+    hidden = empty(rows, count if keep else longest, gate_up.size(1))
     active = empty(rows, longest, width)
     out = empty(rows, count, down.size(1))
     out[offsets[-1] :].zero_()
     if keep:
-        hidden[:, offsets[-1] :].zero_()
-    first = gate_up.reshape(-1, width, channels).transpose(1, 2).unbind()  # E * halves of [D, F]
-    second = down.transpose(1, 2).unbind()  # E of [F, D_out]
+        hidden[offsets[-1] :].zero_()
+    first, second = gate_up.transpose(1, 2).unbind(), down.transpose(1, 2).unbind()
     for run in runs:
         start, end = run[0][1], run[-1][2]
-        pre = hidden[:, start:end] if keep else hidden[:, : end - start]
+        pre = hidden[start:end] if keep else hidden[: end - start]
         for expert, low, high in run:
-            for half in range(halves):
-                weight = first[expert * halves + half]
-                torch.mm(rows[low:high], weight, out=pre[half, low - start : high - start])
-        activate(activation, pre.unbind(), active[: end - start])
+            torch.mm(rows[low:high], first[expert], out=pre[low - start : high - start])
+        activate(activation, pre.split(width, dim=1), active[: end - start])
         for expert, low, high in run:
             torch.mm(active[low - start : high - start], second[expert], out=out[low:high])
-    return out, hidden.flatten() if keep else hidden.new_empty(0)
+    return out, hidden if keep else hidden.new_empty(0)
 
 
 def back_loop(
@@ -78,37 +74,45 @@ def back_loop(
     Returns:
         Gradients ``[R, D]`` (still without the routing weights), ``gate_up``, ``down``, ``[R]``.
     """
-    count, channels = rows.shape
-    halves, width = HALVES[activation], down.size(2)
-    hidden = hidden.view(halves, count, width)
+    count, width = rows.size(0), down.size(2)
     offsets = read_offsets(ptr, count)
     runs = make_runs(offsets, width)
-    scratch = empty(rows, 3 + halves, _longest(runs), width)
-    grad_rows = empty(rows, count, channels)
-    grad_weight = rows.new_empty(count, dtype=torch.promote_types(rows.dtype, torch.float32))
-    grad_rows[offsets[-1] :].zero_()
-    grad_weight[offsets[-1] :].zero_()
+    longest = _longest(runs)
+    scratch, grad_hidden = empty(rows, 3, longest, width), empty(rows, longest, hidden.size(1))
     grad_gate_up, grad_down = empty(rows, *gate_up.shape), empty(rows, *down.shape)
     for expert, (start, end) in enumerate(pairwise(offsets)):
         if start == end:
             grad_gate_up[expert].zero_()
             grad_down[expert].zero_()
-    first, second = gate_up.reshape(-1, width, channels).unbind(), down.unbind()
-    grad_first, grad_second = grad_gate_up.view(-1, width, channels).unbind(), grad_down.unbind()
+    grad_rows = empty(rows, *rows.shape)
+    grad_weight = rows.new_empty(count, dtype=torch.promote_types(rows.dtype, torch.float32))
+    grad_rows[offsets[-1] :].zero_()
+    grad_weight[offsets[-1] :].zero_()
+    first, second = gate_up.unbind(), down.unbind()
+    grad_first, grad_second = grad_gate_up.unbind(), grad_down.unbind()
     for run in runs:
         start, end = run[0][1], run[-1][2]
-        grad_active, active, spare, *grad_pre = scratch[:, : end - start].unbind()
+        grad_active, active, spare = scratch[:, : end - start].unbind()
+        grad_pre = grad_hidden[: end - start]
         for expert, low, high in run:
             torch.mm(grad[low:high], second[expert], out=grad_active[low - start : high - start])
-        pre = hidden[:, start:end].unbind()
-        activate_back(activation, pre, grad_active, active, spare, grad_pre, grad_weight[start:end])
+        activate_back(
+            activation,
+            hidden[start:end].split(width, dim=1),
+            grad_active,
+            active,
+            spare,
+            grad_pre.split(width, dim=1),
+            grad_weight[start:end],
+        )
         for expert, low, high in run:
-            here, again = slice(low - start, high - start), low > offsets[expert]
-            _product(scaled[low:high].t(), active[here], grad_second[expert], add=again)
-            for half in range(halves):
-                at, back = expert * halves + half, grad_pre[half][here]
-                _product(back.t(), rows[low:high], grad_first[at], add=again)
-                _product(back, first[at], grad_rows[low:high], add=half > 0)
+            here = slice(low - start, high - start)
+            beta = int(low > offsets[expert])  # the pieces of a cut expert add up
+            total = grad_second[expert]
+            torch.addmm(total, scaled[low:high].t(), active[here], beta=beta, out=total)
+            total = grad_first[expert]
+            torch.addmm(total, grad_pre[here].t(), rows[low:high], beta=beta, out=total)
+            torch.mm(grad_pre[here], first[expert], out=grad_rows[low:high])
     return grad_rows, grad_gate_up, grad_down, grad_weight
 
 
@@ -126,7 +130,7 @@ def activate_back(
     grad: Tensor,
     out: Tensor,
     spare: Tensor,
-    grad_pre: list[Tensor],
+    grad_pre: tuple[Tensor, ...],
     dot: Tensor,
 ) -> None:
     """Gradient of :func:`activate` to ``grad_pre``, its value to ``out``, ``sum(value * grad)`` to ``dot``.
@@ -173,7 +177,3 @@ def make_runs(offsets: list[int], width: int) -> list[Run]:
 
 def _longest(runs: list[Run]) -> int:
     return max((run[-1][2] - run[0][1] for run in runs), default=0)
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
-    torch.addmm(out, left, right, beta=int(add), out=out)

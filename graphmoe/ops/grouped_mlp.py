@@ -119,7 +119,7 @@ def _forward_op(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and with ``keep`` the hidden rows, flat, in a layout private to the two operators."""
+    """The output, and with ``keep`` the hidden rows before the activation (else nothing)."""
     dtype = _working_dtype(x)
     rows = _gather(x.to(dtype), token)
     apply = apply_grouped if suits_grouped_mm(rows, down) else apply_loop
@@ -135,7 +135,7 @@ def _forward_op(
 def _(x, gate_up, down, ptr, token, weight, order, bounds, reduce, activation, keep):
     rows = x.size(0) if token is None else token.size(0)
     out = x.new_empty(x.size(0) if reduce else rows, down.size(1))
-    return out, x.new_empty(rows * gate_up.size(1) if keep else 0, dtype=_working_dtype(x))
+    return out, x.new_empty((rows, gate_up.size(1)) if keep else 0, dtype=_working_dtype(x))
 
 
 @torch.library.custom_op("graphmoe::grouped_mlp_backward", mutates_args=())
