@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-
 BUDGET = 8.0
 """Seconds of timed rounds a function may take; a slow one gets fewer rounds, at least 3."""
 

@@ -43,7 +43,7 @@ _FLAGS = {word: name for name, word in _MODEL_WORDS.items()} | {
 class LanguageModelConfig(RunConfig):
     """Flags of every language-model recipe; a recipe overrides defaults."""
 
-    max_steps: int = flag(700, "optimiser steps to train for")
+    max_steps: int = flag(560, "optimiser steps to train for")
     batch_size: int = flag(8, "sequences in a batch")
     learning_rate: float = flag(2e-3, "peak learning rate")
     embed_dim: int = flag(128, "channels of a token")
@@ -128,7 +128,7 @@ def train(config: LanguageModelConfig, recipe: str) -> Path:
             **hooks(config, recipe, run_dir, model, corpus, held_out),
         )
         say("scoring every held-out document ...")
-        loss = mean_loss(model, held_out.sequential(), batch_size=config.batch_size)
+        loss = mean_loss(model, held_out.sequential())
         result = {
             "recipe": recipe,
             "metrics": scores(corpus, loss) | {"tokens_per_second": speed(run_dir)},
@@ -199,7 +199,7 @@ def hooks(
     facts = {"recipe": recipe, "k": config.top_k} | {key: getattr(config, key) for key in keys}
     records, log = RecordLog(facts), MetricsLog(run_dir, dtype="bf16" if config.bf16 else "fp32")
     some = held_out.sequential(config.eval_windows)
-    check = on.Evaluate(lambda m: scores(corpus, mean_loss(m, some, batch_size=config.batch_size)), log)
+    check = on.Evaluate(lambda m: scores(corpus, mean_loss(m, some)), log)
     ghosts = on.GhostActivation(model)
     extras = () if corpus.tokenizer is None else (corpus.tokenizer.save_pretrained,)
     save = on.Save(
@@ -238,7 +238,7 @@ def evaluate(config: LanguageModelConfig) -> None:
         say(sample(config, model, corpus) or "no tokenizer, no sample")
         return
     windows = TokenWindows(corpus.held_out, config.seq_len)
-    loss = mean_loss(model, windows.sequential(), batch_size=config.batch_size)
+    loss = mean_loss(model, windows.sequential())
     rows = {
         "model": scores(corpus, loss),
         "unigram": scores(corpus, unigram_loss(corpus)),

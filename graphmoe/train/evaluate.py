@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, windows: np.ndarray, *, batch_size: int = 16) -> float:
+def mean_loss(model: nn.Module, windows: np.ndarray, *, batch_size: int = 32) -> float:
     """Mean cross-entropy of the next token in nats, without auxiliary losses.
 
     Args:
