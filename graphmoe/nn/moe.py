@@ -144,7 +144,8 @@ class MoELayer(nn.Module):
             mean = unexplained = None
         else:
             rows = self._rows(x, routing)  # [R, D], sorted by expert
-            inverse = routing.perm.argsort()
+            row = torch.arange(routing.perm.numel(), device=x.device)
+            inverse = torch.empty_like(row).scatter_(0, routing.perm, row)  # place -> row
             slots = rows.index_select(0, inverse).view(-1, self.k, x.size(1))  # [N, k, D]
             weight = routing.weight.index_select(0, inverse).view(-1, self.k)
             expert = routing.expert.index_select(0, inverse).view(-1, self.k)

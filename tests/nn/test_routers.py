@@ -30,6 +30,17 @@ def test_takes_the_largest_scores_and_ties_go_to_the_lowest_id():
     assert chosen == {0: [1, 2], 1: [0, 1]}
 
 
+@pytest.mark.parametrize("k", [1, 3, 4, 5, 8])
+def test_choice_equals_a_stable_sort(k):
+    router = TopKRouter(3, 8, k)
+    with torch.no_grad():  # many ties
+        router.weight.copy_(torch.randint(-1, 2, (8, 3)).float())
+    x = torch.randint(-1, 2, (200, 3)).float()
+    r = router(x)
+    want = (x @ router.weight.t()).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(r.expert[r.perm.argsort()].view(-1, k), want)
+
+
 def test_masked_tokens_have_no_edges():
     router = TopKRouter(6, 5, 2)
     x, mask = torch.randn(4, 6), torch.tensor([True, False, True, False])
