@@ -3,8 +3,8 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 
@@ -134,9 +134,15 @@ def test_wikitext():
     assert corpus.bits_per_byte(unigram_loss(corpus)) > 2
 
 
+def stand_in(monkeypatch, load_dataset):
+    """Put a module with only ``load_dataset`` in the place of ``datasets``, installed or not."""
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """Make ``datasets.load_dataset`` return the given splits, and note what it was asked for."""
+    datasets = pytest.importorskip("datasets", reason='needs the extra "data"')
     asked = []
 
     def serve(**splits):
@@ -189,7 +195,7 @@ def test_unreachable_hub_name(monkeypatch):
     def fail(*names):
         raise ConnectionError("no network\nat all")
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    stand_in(monkeypatch, fail)
     with pytest.raises(
         DataError, match=r"^owner/name: no such file or folder, and not reachable.*'no network'$"
     ):
@@ -204,13 +210,13 @@ def test_unreachable_hub_name(monkeypatch):
     ["missing", "missing.txt", "owner/missing.txt", "a/b/c", "../x/y", "x\0y", "x" * 5000, "~nobody/x"],
 )
 def test_missing_file_is_not_looked_for_elsewhere(name, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names: pytest.fail(f"asked the hub for {names}"))
+    stand_in(monkeypatch, lambda *names: pytest.fail(f"asked the hub for {names}"))
     with pytest.raises(DataError, match="no such file or folder"):
         load_text(name)
 
 
 def test_data_dir_confines_the_search(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names: pytest.fail(f"asked the hub for {names}"))
+    stand_in(monkeypatch, lambda *names: pytest.fail(f"asked the hub for {names}"))
     with pytest.raises(DataError, match=str(tmp_path / "owner" / "name")):
         load_text("owner/name", data_dir=tmp_path)
     with pytest.raises(DataError, match="data_dir"):
