@@ -221,6 +221,10 @@ def test_data_dir_confines_the_search(tmp_path, monkeypatch):
         load_text("owner/name", data_dir=tmp_path)
     with pytest.raises(DataError, match="data_dir"):
         load_text(data_dir=tmp_path)
+
+
+def test_readers_of_local_files_are_not_hub_names():
+    pytest.importorskip("datasets", reason='needs the extra "data"')
     with pytest.raises(DataError, match="name of a file format"):
         load_text("json:train")
 
