@@ -1,7 +1,8 @@
 """A dense transformer language model with the active parameters of the mixtures: their baseline.
 
-python -m recipes.dense_lm
+``python -m recipes.dense_lm``
 
+Same data, steps and report as ``ghost_lm``.
 """
 
 import sys

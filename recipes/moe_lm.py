@@ -1,7 +1,8 @@
 """A plain mixture-of-experts language model: the baseline of the coupled ones.
 
-python -m recipes.moe_lm
+``python -m recipes.moe_lm``
 
+Same data, steps and report as ``ghost_lm``.
 """
 
 import sys
