@@ -27,7 +27,7 @@ def test_layer_inside_a_gnn():
 
 def test_every_command_exists():
     make = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"make ([a-z-]+)", README)):
+    for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.M)):
         assert re.search(rf"^{target}:", make, re.M), target
     for module in set(re.findall(r"python -m ((?:recipes|analysis)[.\w]*)", README)):
         path = Path(__file__).parents[1] / module.replace(".", "/")
