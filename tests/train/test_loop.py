@@ -125,6 +125,13 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, cut, options):
         assert np.array_equal(a[key], b[key][kept] if key != "incidence" else b[key]), key
 
 
+def test_sigterm_finishes_the_step_and_saves(tmp_path):
+    _, losses = train(tmp_path / "run", extra=[Interrupt(5, signal.SIGTERM)])
+    assert losses.stopped == signal.SIGTERM
+    assert checkpoint.latest(tmp_path / "run").name == "step-00000006"
+    assert max(losses.seen) == 6
+
+
 def test_ghosts_wake_and_learn_on_their_way(tmp_path):
     train(tmp_path / "run", max_steps=14)
     records = checkpoint.read(tmp_path / "run").records
