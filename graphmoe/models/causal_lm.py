@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
+from transformers.utils.deprecation import deprecate_kwarg
 
 from graphmoe import loss as losses
 from graphmoe.models.configuration import GraphMoEConfig
@@ -31,7 +32,7 @@ class GraphMoEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ("cache",)
     _supports_sdpa = True
     _can_compile_fullgraph = True
 
@@ -75,12 +76,13 @@ class GraphMoEModel(GraphMoEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # transformers' own name before 5.24
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -90,14 +92,14 @@ class GraphMoEModel(GraphMoEPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T, D]
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and cache is None and not self.training:
+            cache = DynamicCache(config=self.config)
+        past = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(x.size(1), device=x.device) + past).unsqueeze(0)
         mask = create_causal_mask(
             config=self.config, inputs_embeds=x, attention_mask=attention_mask,
-            past_key_values=past_key_values, position_ids=position_ids,
+            cache=cache, position_ids=position_ids,
         )  # fmt: skip
         present = None
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -107,7 +109,7 @@ class GraphMoEModel(GraphMoEPreTrainedModel):
 
         states, records = [x], []
         for index, layer in enumerate(self.layers):
-            options = {"mask": mask, "present": present, "cache": past_key_values, "layer": index}
+            options = {"mask": mask, "present": present, "cache": cache, "layer": index}
             if self.gradient_checkpointing and self.training:
                 x, record = checkpoint(layer, x, position, use_reentrant=False, **options)
             else:
@@ -117,7 +119,7 @@ class GraphMoEModel(GraphMoEPreTrainedModel):
                 records.append(record)
         return GraphMoEModelOutput(
             last_hidden_state=self.norm(x),
-            past_key_values=past_key_values,
+            cache=cache,
             hidden_states=tuple(states) if output_hidden_states else None,
             records=tuple(records),
         )
@@ -139,12 +141,13 @@ class GraphMoEForCausalLM(GraphMoEPreTrainedModel, GenerationMixin):
         self.register_buffer("orthogonality_strength", torch.ones(config.num_hidden_layers))
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # transformers' own name before 5.24
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -156,7 +159,7 @@ class GraphMoEForCausalLM(GraphMoEPreTrainedModel, GenerationMixin):
     ) -> GraphMoECausalLMOutput:
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            cache=cache, inputs_embeds=inputs_embeds, use_cache=use_cache,
             output_hidden_states=output_hidden_states,
         )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -173,7 +176,7 @@ class GraphMoEForCausalLM(GraphMoEPreTrainedModel, GenerationMixin):
             logits=logits,
             lm_loss=lm_loss,
             aux_losses=aux,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             router_logits=tuple(r.routing.logits for r in records) if output_router_logits else None,
             records=records

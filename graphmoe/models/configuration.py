@@ -42,7 +42,7 @@ class GraphMoEConfig(PreTrainedConfig):
     """
 
     model_type = "graphmoe"
-    keys_to_ignore_at_inference = ("past_key_values", "records", "aux_losses")
+    keys_to_ignore_at_inference = ("cache", "records", "aux_losses")
 
     vocab_size: int = 4096
     hidden_size: int = 128

@@ -12,7 +12,7 @@ class GraphMoEModelOutput(ModelOutput):
     """Output of :class:`GraphMoEModel`."""
 
     last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     records: tuple[Record, ...] | None = None
 
@@ -34,7 +34,7 @@ class GraphMoECausalLMOutput(ModelOutput):
     logits: Tensor | None = None
     lm_loss: Tensor | None = None
     aux_losses: dict[str, Tensor] | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     records: tuple[Record, ...] | None = None

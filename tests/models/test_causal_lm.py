@@ -75,8 +75,8 @@ def test_cached_decoding_equals_the_full_pass(coupling, strategy, k, ghosts):
         past, start, parts = None, 0, []
         for size in chunks:
             with torch.no_grad():
-                out = model(ids[:, start : start + size], past_key_values=past, use_cache=True)
-            past, start = out.past_key_values, start + size
+                out = model(ids[:, start : start + size], cache=past, use_cache=True)
+            past, start = out.cache, start + size
             parts.append(out.logits)
         assert (torch.cat(parts, dim=1) - whole).abs().max() <= 1e-10
 
