@@ -1,27 +1,40 @@
 """What a run keeps of itself: lines of metrics, and records of its experts over time."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from graphmoe import checkpoint
+from graphmoe.errors import ConfigError
 from graphmoe.loss import gram, load
+from graphmoe.metrics import routing_entropy, specialisation
 from graphmoe.nn import HyperCoupleConv, MoELayer, moe_layers
 from graphmoe.train.loop import Callback, TrainState
 
 
 class RecordLog(Callback):
-    """Keeps routing load, couplings, overlap, saturation and ghost levels over time.
+    """Keeps routing, couplings, specialisation, orthogonality and ghosts over time.
 
     One row of every series is added at each call; :meth:`write` puts them all into
     ``records.safetensors``.
+
+    Args:
+        metadata: Facts of the run, written beside the series.
+        extras: ``(state, model) -> figures``: called at each row, which their figures join, such as
+            ``{"ghost_learning_rate": [L, G]}``. Names and shapes must be the same every time.
     """
 
-    def __init__(self, metadata: Mapping[str, object]):
+    def __init__(
+        self,
+        metadata: Mapping[str, object],
+        *,
+        extras: Sequence[Callable[[TrainState, nn.Module], dict[str, Tensor]]] = (),
+    ):
         self.metadata = {key: str(value) for key, value in metadata.items()}
+        self.extras = tuple(extras)
         self.series: dict[str, list[Tensor]] = {}
 
     def on_start(self, state: TrainState, model: nn.Module) -> None:
@@ -29,7 +42,7 @@ class RecordLog(Callback):
             return
         old = {k: torch.from_numpy(v) for k, v in checkpoint.read(state.run_dir).records.items()}
         keep = int((old["step"] <= state.step).sum())
-        self.series = {k: list(v[:keep]) for k, v in old.items() if k != "incidence"}
+        self.series = {k: list(v[:keep]) for k, v in old.items() if not _is_static(k)}
 
     def on_step(self, state: TrainState, model: nn.Module, outputs: object) -> None:
         layers = moe_layers(model)
@@ -39,6 +52,7 @@ class RecordLog(Callback):
             row = {
                 "step": torch.tensor(state.step),
                 "load": torch.stack([load(r.routing) for r in outputs.records]),
+                "routing_entropy": torch.stack([routing_entropy(r.routing) for r in outputs.records]),
             }
             row |= self._outputs(model, outputs)
             row |= self._couplings(layers)
@@ -46,19 +60,22 @@ class RecordLog(Callback):
                 row["saturation"] = torch.stack([layer.ghosts.saturation() for layer in layers])
                 row["ghost_level"] = torch.stack([layer.ghosts()[-layer.num_ghosts :] for layer in layers])
                 row["ghost_phase"] = torch.stack([layer.ghosts.phase for layer in layers])
+            for figures in self.extras:
+                row |= figures(state, model)
         for key, value in row.items():
             dtype = torch.float32 if value.is_floating_point() else torch.int64
             self.series.setdefault(key, []).append(value.detach().to("cpu", dtype, copy=True))
 
     def _outputs(self, model: nn.Module, outputs: object) -> dict[str, Tensor]:
-        means = [r.expert_mean for r in outputs.records]
         row = {}
-        if all(m is not None for m in means):
-            row["overlap"] = torch.stack(
-                [_overlap(m, r.routing.ptr.diff() > 0) for m, r in zip(means, outputs.records, strict=True)]
-            )
-        if getattr(model, "orthogonality_strength", None) is not None:
-            row["orthogonality_strength"] = model.orthogonality_strength
+        if all(r.expert_mean is not None for r in outputs.records):
+            # A dormant ghost has no edges, so whoever serves is live.
+            rows = [(r.expert_mean, r.routing.ptr.diff() > 0) for r in outputs.records]
+            row["overlap"] = torch.stack([_overlap(mean, served) for mean, served in rows])
+            row["specialisation"] = torch.stack([specialisation(mean, served) for mean, served in rows])
+        coefficient = _orthogonality_coefficient(model)
+        if coefficient:
+            row["orthogonality_strength"] = model.orthogonality_strength * coefficient
         return row
 
     def _couplings(self, layers: list[MoELayer]) -> dict[str, Tensor]:
@@ -71,14 +88,42 @@ class RecordLog(Callback):
             row["hyperedge_weight"] = torch.stack([c.hyperedge_weight() for c in first])
         return row
 
-    def write(self, state: TrainState, model: nn.Module) -> None:
-        if not self.series:
+    def write(
+        self, state: TrainState, model: nn.Module, *, final: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write what is recorded so far, on the main rank; nothing without a row.
+
+        Args:
+            final: Arrays ``final_...`` without an axis of steps, such as those of
+                :func:`~graphmoe.train.evaluate.probe_experts`, to be written beside the series. They
+                describe the model as it is now: the next call without them leaves them out.
+
+        Raises:
+            ConfigError: An array that is not named ``final_...`` would be resumed as a series.
+        """
+        final = dict(final or {})
+        for name in final:
+            if not name.startswith("final_"):
+                raise ConfigError("array without steps has the name of a series", "final", "final_...", name)
+        if not self.series or not state.accelerator.is_main_process:
             return
-        tensors = {key: torch.stack(rows) for key, rows in self.series.items()}
+        tensors = {key: torch.stack(rows) for key, rows in self.series.items()} | final
         for layer in moe_layers(model)[:1]:
             if layer.couplers and isinstance(layer.couplers[0], HyperCoupleConv):
                 tensors["incidence"] = layer.couplers[0].hyperedge_index.cpu()
         checkpoint.write_records(state.run_dir / "records.safetensors", tensors, self.metadata)
+
+
+def _is_static(name: str) -> bool:
+    """Whether an array of the records has no axis of steps."""
+    return name == "incidence" or name.startswith("final_")
+
+
+def _orthogonality_coefficient(model: nn.Module) -> float:
+    """Coefficient of the orthogonality of outputs or, if that is 0, of weights; 0 without either."""
+    config = getattr(model, "config", None)
+    names = ("orthogonality_output_coef", "orthogonality_weight_coef")
+    return next((value for name in names if (value := getattr(config, name, 0))), 0)
 
 
 def _overlap(mean: Tensor, served: Tensor) -> Tensor:
