@@ -89,6 +89,8 @@ class Record(NamedTuple):
         dropped: Number of edges dropped by a capacity limit, int64 scalar.
         unexplained: Variance of ``x - mean_e o_e`` over tokens, averaged over channels, scalar,
             or ``None``.
+        residual_mean: Mean of ``x - mean_e o_e`` over tokens, ``[D]``, or ``None``: what it takes to put
+            the variances of several batches together.
     """
 
     routing: Routing
@@ -96,3 +98,4 @@ class Record(NamedTuple):
     attention: Tensor | None
     dropped: Tensor
     unexplained: Tensor | None
+    residual_mean: Tensor | None = None

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,34 +11,77 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from graphmoe import checkpoint
-from graphmoe.nn import moe_layers
+from graphmoe.nn import MoELayer, moe_layers
 from graphmoe.train.logs import MetricsLog, RecordLog
 from graphmoe.train.loop import Callback, TrainState
-from graphmoe.train.optim import clear_moments, scale_updates
+from graphmoe.train.optim import (
+    GhostPolicy,
+    clear_moments,
+    ghost_update_scale,
+    require_ghost_rates,
+    scale_updates,
+)
+from graphmoe.typing import Record
 
 
 class GhostActivation(Callback):
     """Moves the ghosts of every layer once a step, with figures of all ranks.
 
-    Sleeping ghosts are frozen, waking ones learn at a rate proportional to their level: pass
-    :meth:`setup` to :func:`~graphmoe.train.loop.fit`.
+    Sleeping ghosts are frozen, waking ones learn at a rate of their own, see
+    :func:`~graphmoe.train.optim.ghost_learning_rate`: pass :meth:`setup` to
+    :func:`~graphmoe.train.loop.fit`.
+
+    Args:
+        model: Its MoE layers with ghosts are the ones that are moved.
+        learning_rate: ``level``, ``inverse`` or ``complementary``.
+        peak: Peak learning rate of the primary parameters; needed unless the policy is ``level``.
+        ghost_peak: The ghosts' own rate, which ``level`` does not use. Default: ``peak``.
+
+    Raises:
+        ConfigError: See :func:`~graphmoe.train.optim.require_ghost_rates`.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        learning_rate: GhostPolicy = "level",
+        peak: float | None = None,
+        ghost_peak: float | None = None,
+    ):
+        require_ghost_rates(learning_rate, peak, ghost_peak)
+        ghost_peak = peak if ghost_peak is None else ghost_peak
+        self.scale = partial(ghost_update_scale, learning_rate, peak=peak, ghost_peak=ghost_peak)
         self.layers = [(i, layer) for i, layer in enumerate(moe_layers(model)) if layer.ghosts is not None]
+        self.rates: dict[int, Tensor] = {}
 
     def setup(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give ghosts their rates in every step of ``optimizer``, whose groups have one rate."""
         scale_updates(
-            optimizer, {p: layer.ghosts for _, layer in self.layers for p in layer.ghost_slices()}
-        )  # fmt: skip
+            optimizer,
+            {
+                parameter: partial(self._scales, optimizer, index, layer)
+                for index, layer in self.layers
+                for parameter in layer.ghost_slices()
+            },
+        )
+
+    def _scales(self, optimizer: torch.optim.Optimizer, index: int, layer: MoELayer) -> Tensor:
+        """Scale of each expert's update, ``[E]``; keeps the rates that follow from it."""
+        lr = optimizer.param_groups[0]["lr"]
+        level = layer.ghosts()
+        scale = self.scale(lr=lr, level=level[layer.num_experts :])
+        self.rates[index] = lr * scale
+        return torch.cat([level[: layer.num_experts], scale])
+
+    def figures(self, state: TrainState, model: nn.Module) -> dict[str, Tensor]:
+        """Learning rates of the ghosts in the step just done, ``ghost_learning_rate [L, G]``, by the
+        levels they had in it; nothing without ghosts or before the first step."""
+        return {"ghost_learning_rate": torch.stack(list(self.rates.values()))} if self.rates else {}
 
     def on_step(self, state: TrainState, model: nn.Module, outputs: object) -> None:
         for index, layer in self.layers:
-            record = outputs.records[index]
-            served = record.routing.ptr.diff()
-            mean, served, unexplained = _all_ranks(
-                state, record.expert_mean.detach(), served, record.unexplained
-            )
+            mean, served, unexplained = _all_ranks(state, outputs.records[index])
             before = layer.ghosts.phase.clone()
             layer.ghosts.observe(mean, served, unexplained)
             woken = ((before == 0) & (layer.ghosts.phase != 0)).nonzero().flatten() + layer.num_experts
@@ -46,31 +90,23 @@ class GhostActivation(Callback):
                     clear_moments(state.optimizer, parameter, woken)
 
 
-def _all_ranks(
-    state: TrainState, mean: Tensor, served: Tensor, unexplained: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Figures of the global batch: means weighted by the rows behind them."""
+def _all_ranks(state: TrainState, record: Record) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean output ``[E, D]``, rows ``[E]`` and unexplained variance of the global batch, equal on all ranks.
+
+    Ranks count by their edges: a token that is not masked has as many as any other. The variance of all
+    tokens is the mean square less the square of the mean, so that it holds the part between ranks, too.
+    """
+    mean, served, unexplained = record.expert_mean.detach(), record.routing.ptr.diff(), record.unexplained
     if state.accelerator.num_processes == 1:
         return mean, served, unexplained
-    total = state.accelerator.reduce(mean * served.unsqueeze(1), "sum")
-    served = state.accelerator.reduce(served, "sum")
-    return total / served.unsqueeze(1).clamp(min=1), served, state.accelerator.reduce(unexplained, "mean")
-
-
-class OrthogonalityWarmup(Callback):
-    """Raises the strength of the orthogonality losses linearly from 0 to 1 over ``steps`` steps.
-
-    The strength is computed from the step each time, never from its last value.
-    """
-
-    def __init__(self, steps: int):
-        self.steps = max(steps, 1)
-
-    def on_start(self, state: TrainState, model: nn.Module) -> None:
-        model.orthogonality_strength.fill_(min(1.0, state.step / self.steps))
-
-    def on_step(self, state: TrainState, model: nn.Module, outputs: object) -> None:
-        self.on_start(state, model)
+    rows, centre = served.double(), record.residual_mean.double()  # [E], [D]
+    square = unexplained + centre.square().mean()
+    parts = (mean * rows.unsqueeze(1), rows, centre * rows.sum(), square.view(1) * rows.sum())
+    sums = state.accelerator.reduce(torch.cat([part.flatten() for part in parts]), "sum")
+    total, rows, centre, square = sums.split([part.numel() for part in parts])
+    edges = rows.sum().clamp(min=1)
+    mean = total.view_as(mean) / rows.unsqueeze(1).clamp(min=1)
+    return mean, rows.to(served.dtype), square.squeeze(0) / edges - (centre / edges).square().mean()
 
 
 class Evaluate(Callback):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graphmoe import checkpoint
-from graphmoe.errors import GraphMoEError
+from graphmoe.errors import ConfigError, GraphMoEError
 from graphmoe.train.config import RunConfig, Stopped, resolve_device
 from graphmoe.train.optim import adamw
 from graphmoe.train.schedule import lr_schedule
@@ -32,13 +32,13 @@ class TrainState:
     Attributes:
         step: Optimiser steps done.
         max_steps: Steps to do.
-        metrics: Figures of the last step: ``loss``, ``lm_loss``, ``aux``, ``lr``, ``grad_norm``,
-            ``tokens`` of the step, ``seconds`` since the start, evaluation excluded.
-        tokens: Tokens trained on by this process since it started.
+        metrics: Figures of the last step, of all ranks: ``loss``, ``lm_loss``, ``aux``, ``lr``,
+            ``grad_norm``, ``tokens`` of the step, ``seconds`` since the start, evaluation excluded.
+        tokens: Tokens trained on by all ranks since this process started.
         seconds: Seconds spent on them.
-        asked: Signal that arrived, or 0.
-        stop: The same, from the end of the step it arrived in, so that all callbacks of a step
-            see one answer.
+        asked: Signal that arrived in this process, or 0.
+        stop: Signal that arrived in any process, or 0, from the end of the step on, so that all
+            callbacks of a step see one answer and all ranks stop after the same step.
     """
 
     step: int
@@ -117,14 +117,15 @@ def fit(
             never stopped, bit for bit.
 
     Raises:
-        NonFiniteError: A loss or gradient is not finite.
+        ConfigError: ``batch_size`` is no multiple of the number of processes.
+        NonFiniteError: A loss or gradient is not finite, on whatever rank.
         Stopped: A signal asked to stop; the step was finished and the callbacks ran.
     """
-    from accelerate import Accelerator
     from accelerate.utils import send_to_device
 
-    # Without cpu=True a CPU run under torchrun would be independent copies.
-    accelerator = Accelerator(cpu=resolve_device(config.device) == "cpu")
+    accelerator = _accelerator(config)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    share = slice(rank * config.batch_size // world, (rank + 1) * config.batch_size // world)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)  # Accelerator sets its own number
     optimizer = adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
@@ -137,8 +138,6 @@ def fit(
     schedule = lr_schedule(config)
     wrapped = accelerator.prepare(model)
     state = TrainState(start, config.max_steps, Path(run_dir), optimizer, accelerator)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    share = slice(rank * config.batch_size // world, (rank + 1) * config.batch_size // world)
     micros = config.gradient_accumulation_steps
 
     model.train()
@@ -164,6 +163,7 @@ def fit(
                     accelerator.backward(outputs.loss / micros)
                     for name, value in _figures(outputs).items():
                         sums[name] = sums.get(name, 0.0) + value.detach() / micros
+                sums = _mean_of_ranks(state, sums)
                 grads = [p.grad for p in model.parameters() if p.grad is not None]
                 grad_norm = nn.utils.get_total_norm(grads)
                 # Before clipping, which would spread one bad number over every gradient.
@@ -172,7 +172,7 @@ def fit(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 state.step += 1
-                state.stop = state.asked
+                state.stop = _any_rank(state)
                 state.tokens += tokens * world
                 state.seconds += time.perf_counter() - began
                 figures = {name: float(value) for name, value in sums.items()}
@@ -208,6 +208,38 @@ def stop_signals(state: TrainState):
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _accelerator(config: RunConfig) -> object:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    # All ranks move their buffers alike; sending around those of rank 0 would hide that one does not.
+    options = DistributedDataParallelKwargs(broadcast_buffers=False)
+    # Without cpu=True a CPU run under torchrun would be independent copies.
+    accelerator = Accelerator(cpu=resolve_device(config.device) == "cpu", kwargs_handlers=[options])
+    world = accelerator.num_processes
+    if config.batch_size % world:
+        # The mean over ranks of means over unequal shares would not be the mean over the batch.
+        what = f"batch does not divide among {world} processes"
+        raise ConfigError(what, "--batch_size", f"a multiple of {world}", config.batch_size)
+    return accelerator
+
+
+def _mean_of_ranks(state: TrainState, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Figures of the global batch, so that all ranks refuse a loss or none does."""
+    if state.accelerator.num_processes == 1:
+        return figures
+    values = torch.stack([value.double() for value in figures.values()])
+    return dict(zip(figures, state.accelerator.reduce(values, "mean"), strict=True))
+
+
+def _any_rank(state: TrainState) -> int:
+    """The signal that arrived on any rank, or 0; equal on all ranks."""
+    if state.accelerator.num_processes == 1:
+        return state.asked
+    asked = torch.tensor([state.asked], device=state.accelerator.device)
+    return int(state.accelerator.gather(asked).max())
 
 
 def _figures(outputs: object) -> dict[str, Tensor]:

@@ -111,16 +111,32 @@ def test_levels_survive_a_cast():
     assert gate.bfloat16()()[2].item() == pytest.approx(0.37)
 
 
+def test_a_rate_too_small_to_ever_arrive():
+    gate = GhostGate(4, 4, 1, threshold=0.5, rate=1e-300, window=1)
+    for _ in range(3):
+        gate.observe(*spread_out())
+    assert gate.phase.tolist() == [1] and gate()[3] == 0
+
+
 @pytest.mark.parametrize(
     "options, match",
     [
         ({"num_ghosts": 4}, "num_ghosts: no primary"),
-        ({"num_ghosts": 2, "rate": 0.0}, "ghost_rate"),
-        ({"num_ghosts": 2, "rate": -1.0}, "ghost_rate"),
-        ({"num_ghosts": 2, "window": 0}, "ghost_window"),
-        ({"num_ghosts": 2, "threshold": float("nan")}, "ghost_activation_threshold"),
+        ({"num_ghosts": 0}, "num_ghosts: no primary"),
+        ({"num_ghosts": -1}, "num_ghosts: no primary.*got -1"),
+        ({"rate": 0.0}, "ghost_rate: level per step.*got 0.0"),
+        ({"rate": -1.0}, "ghost_rate: level per step.*got -1.0"),
+        ({"rate": 1.001}, "ghost_rate: level per step.*got 1.001"),
+        ({"rate": float("nan")}, "ghost_rate: level per step.*got nan"),
+        ({"window": 0}, "ghost_window: window.*got 0"),
+        ({"window": -5}, "ghost_window: window.*got -5"),
+        ({"window": 2.5}, "ghost_window: window.*got 2.5"),
+        ({"window": float("nan")}, "ghost_window: window.*got nan"),
+        ({"threshold": -0.1}, "ghost_activation_threshold: threshold.*got -0.1"),
+        ({"threshold": float("nan")}, "ghost_activation_threshold: threshold.*got nan"),
     ],
+    ids=str,
 )
 def test_wrong_input(options, match):
     with pytest.raises(ConfigError, match=match):
-        GhostGate(4, 4, **options)
+        GhostGate(4, 4, **{"num_ghosts": 2, **options})

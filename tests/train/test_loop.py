@@ -15,6 +15,7 @@ from graphmoe.train.config import RunConfig, Stopped
 from graphmoe.train.evaluate import mean_loss
 from graphmoe.train.logs import MetricsLog, RecordLog
 from graphmoe.train.loop import Callback, Every, NonFiniteError, fit, reseed
+from graphmoe.train.orthogonality import OrthogonalityWarmup
 
 
 def model(**options):
@@ -76,7 +77,7 @@ def train(run_dir, *, net=None, extra=(), resume_from=None, save_every=4, **opti
     net = net or model()
     losses, ghosts = Losses(), on.GhostActivation(net)
     records, log = RecordLog({"recipe": "test"}), MetricsLog(run_dir)
-    hooks = [ghosts, on.OrthogonalityWarmup(8), Every(2, records), Every(2, log), losses, *extra,
+    hooks = [ghosts, OrthogonalityWarmup(8), Every(2, records), Every(2, log), losses, *extra,
              Every(save_every, on.Save(records=records))]  # fmt: skip
     try:
         fit(

@@ -1,4 +1,5 @@
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,8 @@ class GhostGate(nn.Module):
         - **input:** none; **output:** levels of all experts ``[E]`` float32, 1 for primaries.
 
     Raises:
-        ConfigError: No primary left, a rate outside (0, 1], a window below 1, a negative threshold.
+        ConfigError: No primary left, a rate outside (0, 1], a window that is no integer of at least 1, a
+            threshold that is negative or NaN.
     """
 
     def __init__(
@@ -60,8 +62,8 @@ class GhostGate(nn.Module):
             )
         if not 0 < rate <= 1:
             raise ConfigError("level per step out of range", "ghost_rate", "0 < rate <= 1", rate)
-        if window < 1:
-            raise ConfigError("window too short", "ghost_window", "at least 1 step", window)
+        if not isinstance(window, Integral) or window < 1:
+            raise ConfigError("window is no number of steps", "ghost_window", "an integer >= 1", window)
         if not threshold >= 0:
             raise ConfigError(
                 "threshold must not be negative", "ghost_activation_threshold", ">= 0", threshold
@@ -69,7 +71,7 @@ class GhostGate(nn.Module):
         self.num_experts, self.num_ghosts = num_experts, num_ghosts
         self.threshold, self.window = threshold, window
         # Levels follow from integer counters: a hundred additions of 0.01 are not 1.
-        self.steps_to_active = math.ceil(1 / rate - 1e-9)
+        self.steps_to_active = math.ceil(min(1 / rate, 2.0**62) - 1e-9)  # fits the counter
         self.rate = rate
         self.register_buffer("phase", torch.zeros(num_ghosts, dtype=torch.long))
         self.register_buffer("steps", torch.zeros(num_ghosts, dtype=torch.long))
