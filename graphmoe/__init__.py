@@ -15,6 +15,7 @@ _HOMES = {
         "GhostGate",
         "HyperCoupleConv",
         "MoELayer",
+        "ProjectedFusion",
         "SumFusion",
         "TopKRouter",
         "edge_form",

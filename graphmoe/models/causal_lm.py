@@ -3,66 +3,25 @@
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
+from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.deprecation import deprecate_kwarg
 
 from graphmoe import loss as losses
 from graphmoe.models.configuration import GraphMoEConfig
+from graphmoe.models.cost import active_parameters
 from graphmoe.models.outputs import GraphMoECausalLMOutput, GraphMoEModelOutput
+from graphmoe.models.pretrained import GraphMoEPreTrainedModel
 from graphmoe.nn import (
     AttendConv,
     Block,
-    CoupleConv,
-    DenseRouter,
-    ExpertConv,
     FeedForward,
-    HyperCoupleConv,
     MoELayer,
-    TopKRouter,
+    OrthogonalityStrength,
     moe_layers,
     rotary,
 )
 from graphmoe.typing import Record
-
-
-class GraphMoEPreTrainedModel(PreTrainedModel):
-    config: GraphMoEConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
-    _skip_keys_device_placement = ("cache",)
-    _supports_sdpa = True
-    _can_compile_fullgraph = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding | TopKRouter | DenseRouter):
-            init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, ExpertConv):
-            init.normal_(module.gate_up_proj, std=std)
-            init.normal_(module.down_proj, std=std * self._branch_scale)
-        elif isinstance(module, CoupleConv):
-            init.normal_(module.gate, std=std)
-            init.zeros_(module.gate_bias)
-            init.normal_(module.adjacency, std=0.02)
-        elif isinstance(module, HyperCoupleConv) and module.weight is not None:
-            init.constant_(module.weight, 0.5413248546129181)  # softplus gives 1
-            if module.group_logits is not None:
-                init.zeros_(module.group_logits)
-        # Modules are initialised children first, so their parents can scale output projections.
-        if isinstance(module, AttendConv):
-            init.normal_(module.lin_out.weight, std=std * self._branch_scale)
-        elif isinstance(module, FeedForward):
-            init.normal_(module.down_proj.weight, std=std * self._branch_scale)
-
-    @property
-    def _branch_scale(self) -> float:
-        return (2 * self.config.num_hidden_layers) ** -0.5
 
 
 class GraphMoEModel(GraphMoEPreTrainedModel):
@@ -129,7 +88,10 @@ class GraphMoEForCausalLM(GraphMoEPreTrainedModel, GenerationMixin):
     """Decoder language model of routed, coupled and ghost experts.
 
     The strength of the orthogonality losses is a buffer, one value a layer, which a training
-    callback may move; it starts at 1 and multiplies both coefficients.
+    callback may move; it starts at 1 and multiplies both coefficients. With
+    ``orthogonality_adaptive`` the callback follows the state of ``orthogonality``, an
+    :class:`~graphmoe.nn.OrthogonalityStrength`: the buffer is its strength over its base, the
+    coefficient of outputs or, if that is 0, of weights.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' name)
@@ -139,6 +101,7 @@ class GraphMoEForCausalLM(GraphMoEPreTrainedModel, GenerationMixin):
         self.model = GraphMoEModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("orthogonality_strength", torch.ones(config.num_hidden_layers))
+        self.orthogonality = build_orthogonality(config) if config.orthogonality_adaptive else None
         self.post_init()
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # transformers' own name before 5.24
@@ -223,14 +186,21 @@ class GraphMoEForCausalLM(GraphMoEPreTrainedModel, GenerationMixin):
         return moe_layers(self)
 
     def num_active_parameters(self) -> int:
-        """Parameters that one token passes through: everything but the experts it does not take
-        and the rows of the vocabulary that are only looked up."""
-        total = sum(p.numel() for p in self.parameters())
-        for layer in self.moe_layers():
-            experts = sum(p.numel() for p in layer.experts.parameters())
-            served = min(layer.k, layer.num_experts)  # dormant ghosts serve nobody
-            total -= experts - experts * served // (layer.num_experts + layer.num_ghosts)
-        return total
+        """Parameters that one token passes through; see :func:`~graphmoe.models.cost.active_parameters`."""
+        return active_parameters(self)
+
+
+def build_orthogonality(config: GraphMoEConfig) -> OrthogonalityStrength:
+    """State of the adaptive strength of orthogonality of a language model."""
+    return OrthogonalityStrength(
+        config.num_hidden_layers,
+        base=config.orthogonality_output_coef or config.orthogonality_weight_coef,
+        decay=config.orthogonality_decay,
+        interval=config.orthogonality_interval,
+        target=config.orthogonality_target,
+        low=config.orthogonality_min,
+        high=config.orthogonality_max,
+    )
 
 
 def build_block(config: GraphMoEConfig) -> Block:
@@ -250,13 +220,28 @@ def build_block(config: GraphMoEConfig) -> Block:
             activation=config.hidden_act,
             coupling=config.coupling,
             coupling_layers=config.coupling_layers,
+            coupling_norm=config.coupling_norm,
+            coupling_scale=config.coupling_scale,
             strategy=config.hyperedge_strategy,
+            hyperedges=config.hyperedges,
+            hyperedge_attention=config.hyperedge_attention,
+            max_hyperedges=config.max_hyperedges,
+            routed_scaling_factor=config.routed_scaling_factor,
+            fusion=config.fusion,
+            fusion_projection=config.fusion_projection,
             num_ghosts=config.num_ghosts,
             ghost_threshold=config.ghost_activation_threshold,
             ghost_rate=config.ghost_rate,
             ghost_window=config.ghost_window,
-            track_outputs=config.track_outputs or config.orthogonality_output_coef > 0,
+            track_outputs=config.track_outputs
+            or config.orthogonality_output_coef > 0
+            or config.orthogonality_adaptive,
         )
     return Block(
-        attend, feed_forward, config.hidden_size, norm_eps=config.rms_norm_eps, dropout=config.dropout
+        attend,
+        feed_forward,
+        config.hidden_size,
+        norm_eps=config.rms_norm_eps,
+        dropout=config.dropout,
+        post_norm=config.post_norm,
     )

@@ -17,6 +17,7 @@ class GraphMoEConfig(PreTrainedConfig):
         rope_theta: Base of the rotary frequencies.
         hidden_act: ``swiglu`` or ``gelu``, inside experts.
         rms_norm_eps: Added to the mean square in RMSNorm.
+        post_norm: Start of the learned gain of an RMSNorm behind experts; ``None``: no such norm.
         dropout: On residual branches, in training.
         attention_dropout: On attention weights, in training.
         initializer_range: Standard deviation of initial weights; output projections are divided by
@@ -25,7 +26,15 @@ class GraphMoEConfig(PreTrainedConfig):
         num_experts_per_tok: Experts ``k`` a token, ``1 <= k <= num_experts``.
         coupling: How the experts of a token talk: ``none``, ``gnn`` or ``hyper``.
         coupling_layers: Rounds of coupling; ``None``: 2 for ``gnn``, 1 for ``hyper``.
-        hyperedge_strategy: ``all_pairs``, ``all_triplets`` or ``all``.
+        coupling_norm: RMSNorm of what the rows of a token say to one another.
+        coupling_scale: Start of a learned factor of what coupling adds to the rows; ``None``: no factor.
+        hyperedge_strategy: ``all_pairs``, ``all_triplets``, ``all`` or ``custom``.
+        hyperedges: Experts of each hyperedge of ``custom``, such as ``[[0, 1, 2], [2, 3]]``.
+        hyperedge_attention: Attention of hyperedges to their members and of experts to their hyperedges.
+        max_hyperedges: Most hyperedges a block may have.
+        routed_scaling_factor: What the routing weights of a token sum to.
+        fusion: ``sum`` of a token's rows with routing weights, or their ``mean``.
+        fusion_projection: Linear, GELU and LayerNorm behind the fused rows.
         num_ghosts: Ghost experts of each block.
         ghost_activation_threshold: Saturation above which a ghost wakes.
         ghost_rate: Level a waking ghost gains per optimiser step.
@@ -34,11 +43,19 @@ class GraphMoEConfig(PreTrainedConfig):
         router_z_loss_coef: Weight of the router z-loss.
         orthogonality_output_coef: Weight of the orthogonality of mean expert outputs.
         orthogonality_weight_coef: Weight of the orthogonality of first expert matrices.
+        orthogonality_adaptive: Adapt the strength of orthogonality to the specialisation of each
+            layer; see :class:`~graphmoe.nn.OrthogonalityStrength`, whose base is the coefficient of
+            outputs or, if that is 0, of weights.
+        orthogonality_interval: Optimiser steps between two adjustments.
+        orthogonality_decay: Factor of the strength from one layer to the next, in (0, 1].
+        orthogonality_target: Specialisation to reach, as a fraction of that of random vectors.
+        orthogonality_min, orthogonality_max: Bounds of the adapted strength.
         track_outputs: Keep mean expert outputs in the records of an uncoupled model too.
         output_records: Return routing records by default.
 
     Raises:
-        ConfigError: Sizes that do not fit one another.
+        ConfigError: Sizes that do not fit one another, a negative coefficient of a loss, or an adaptive
+            strength of a loss without a coefficient.
     """
 
     model_type = "graphmoe"
@@ -54,6 +71,7 @@ class GraphMoEConfig(PreTrainedConfig):
     rope_theta: float | int = 10000.0
     hidden_act: str = "swiglu"
     rms_norm_eps: float = 1e-6
+    post_norm: float | int | None = None
     dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     initializer_range: float | int = 0.02
@@ -67,7 +85,15 @@ class GraphMoEConfig(PreTrainedConfig):
     num_experts_per_tok: int = 2
     coupling: str = "none"
     coupling_layers: int | None = None
+    coupling_norm: bool = False
+    coupling_scale: float | int | None = None
     hyperedge_strategy: str = "all_pairs"
+    hyperedges: list[list[int]] | None = None
+    hyperedge_attention: bool = False
+    max_hyperedges: int = 4096
+    routed_scaling_factor: float | int = 1.0
+    fusion: str = "sum"
+    fusion_projection: bool = False
     num_ghosts: int = 0
     ghost_activation_threshold: float | int = 0.01
     ghost_rate: float | int = 0.01
@@ -76,6 +102,12 @@ class GraphMoEConfig(PreTrainedConfig):
     router_z_loss_coef: float | int = 0.001
     orthogonality_output_coef: float | int = 0.0
     orthogonality_weight_coef: float | int = 0.0
+    orthogonality_adaptive: bool = False
+    orthogonality_interval: int = 500
+    orthogonality_decay: float | int = 0.8
+    orthogonality_target: float | int = 0.95
+    orthogonality_min: float | int = 1e-3
+    orthogonality_max: float | int = 0.3
     track_outputs: bool = False
     output_records: bool = False
 
@@ -95,3 +127,15 @@ class GraphMoEConfig(PreTrainedConfig):
             raise ConfigError(
                 "one expert has nobody to couple with or to relieve", "num_experts", "at least 2", 1
             )
+        self._check_coefficients()
+
+    def _check_coefficients(self) -> None:
+        orthogonality = ("orthogonality_output_coef", "orthogonality_weight_coef")
+        for name in ("router_aux_loss_coef", "router_z_loss_coef", *orthogonality):
+            if not getattr(self, name) >= 0:
+                raise ConfigError("negative weight of a loss", name, ">= 0", getattr(self, name))
+        if self.orthogonality_adaptive and not any(getattr(self, name) for name in orthogonality):
+            raise ConfigError(
+                "no orthogonality loss whose strength could adapt", "orthogonality_adaptive",
+                f"{' or '.join(orthogonality)} above 0", True,
+            )  # fmt: skip

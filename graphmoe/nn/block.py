@@ -9,6 +9,10 @@ from graphmoe.typing import Record
 class Block(nn.Module):
     r"""Pre-norm transformer block over sequences: ``x + attend(norm(x))``, then ``x + moe(norm(x))``.
 
+    With ``post_norm`` what the second branch adds is normalised too, ``x + norm(moe(norm(x)))`` (half of the
+    "sandwich" of `CogView <https://arxiv.org/abs/2105.13290>`_): a mixture, whose outputs start ``k`` times
+    smaller than those of a dense layer, then has a say from the first step on.
+
     Args:
         attend: Attention along ``token -> token`` edges.
         feed_forward: What every token passes through: :class:`MoELayer`, or :class:`FeedForward`
@@ -16,6 +20,7 @@ class Block(nn.Module):
         channels: Channels ``D``.
         norm_eps: Added to the mean square in RMSNorm.
         dropout: On both residual branches, in training.
+        post_norm: Start of the learned gain of an RMSNorm behind the feed-forward; ``None``: no such norm.
 
     Shapes:
         - **input:** ``x [B, T, D]``; ``position``, ``mask``, ``cache``, ``layer`` as in
@@ -31,11 +36,17 @@ class Block(nn.Module):
         *,
         norm_eps: float = 1e-6,
         dropout: float = 0.0,
+        post_norm: float | None = None,
     ):
         super().__init__()
         self.attend, self.feed_forward = attend, feed_forward
         self.attend_norm = nn.RMSNorm(channels, eps=norm_eps)
         self.feed_forward_norm = nn.RMSNorm(channels, eps=norm_eps)
+        self.post_norm = post_norm
+        self.feed_forward_post_norm = None
+        if post_norm is not None:
+            self.feed_forward_post_norm = nn.RMSNorm(channels, eps=norm_eps)
+            nn.init.constant_(self.feed_forward_post_norm.weight, post_norm)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -54,4 +65,6 @@ class Block(nn.Module):
             out, record = self.feed_forward(self.feed_forward_norm(x), mask=present, return_record=True)
         else:
             out, record = self.feed_forward(self.feed_forward_norm(x)), None
+        if self.feed_forward_post_norm is not None:
+            out = self.feed_forward_post_norm(out)
         return x + self.dropout(out), record

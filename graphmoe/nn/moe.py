@@ -1,15 +1,20 @@
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_geometric.nn import MessagePassing
 
 from graphmoe.errors import ConfigError
 from graphmoe.nn.couple import CoupleConv, HyperCoupleConv
 from graphmoe.nn.expert import ExpertConv, GhostGate
-from graphmoe.nn.fuse import SumFusion
+from graphmoe.nn.fuse import ProjectedFusion, SumFusion
 from graphmoe.nn.route import DenseRouter, TopKRouter
+from graphmoe.nn.rows import equal_weights, expert_means, unexplained_by
 from graphmoe.typing import Record, Routing
 
 COUPLINGS = ("none", "gnn", "hyper")
+FUSIONS = ("sum", "mean")
 
 
 class MoELayer(nn.Module):
@@ -20,7 +25,8 @@ class MoELayer(nn.Module):
 
     ``couple`` never crosses tokens: rows of one token exchange messages, then return to it. With
     ``gnn`` it is :class:`CoupleConv`; with ``hyper`` it is ``h + GELU(HyperCoupleConv(h))``; both are
-    repeated ``coupling_layers`` times.
+    repeated ``coupling_layers`` times. ``w`` are the routing weights, or equal ones with
+    ``fusion="mean"``, where the router learns from its auxiliary losses only.
 
     Dropped into a GNN between two convolutions it is an MoE GNN::
 
@@ -35,7 +41,19 @@ class MoELayer(nn.Module):
         activation: ``swiglu`` or ``gelu``.
         coupling: ``none``, ``gnn`` or ``hyper``.
         coupling_layers: Rounds of coupling. Default: 2 for ``gnn``, 1 for ``hyper``.
-        strategy: Hyperedges of ``hyper``: ``all_pairs``, ``all_triplets`` or ``all``.
+        coupling_norm: Let the rows talk through an RMSNorm: what they say then has the size that the
+            nonlinearity of a coupler needs, however small the outputs of the experts are.
+        coupling_scale: Start of a learned factor of what each round of coupling adds to the rows; with
+            0 the layer starts as one without coupling. ``None``: no such factor.
+        strategy: Hyperedges of ``hyper``: ``all_pairs``, ``all_triplets``, ``all``, or ``custom`` with
+            ``hyperedges``: the experts of each, such as ``[[0, 1, 2], [2, 3]]``.
+        hyperedge_attention: Let ``hyper`` weigh the members of a hyperedge by attention.
+        max_hyperedges: Most hyperedges that ``hyper`` may have.
+        routed_scaling_factor: What the routing weights of a token sum to. Weights that sum to 1 make the
+            output of ``k`` experts ``k`` times smaller than that of a dense layer of their width, and it
+            then takes long to grow.
+        fusion: ``sum`` (with routing weights) or ``mean`` of a token's rows.
+        fusion_projection: Pass the fused rows through :class:`ProjectedFusion`.
         num_ghosts: Ghost experts beside the primary ones; asleep until a training callback wakes them.
         ghost_threshold, ghost_rate, ghost_window: See :class:`GhostGate`.
         track_outputs: Put mean expert outputs into the record (always done with ghosts or coupling).
@@ -47,8 +65,8 @@ class MoELayer(nn.Module):
         - **output:** ``[*, D]``; with ``return_record=True`` also a :class:`~graphmoe.typing.Record`.
 
     Raises:
-        ConfigError: ``k`` outside ``[1, num_experts]``, an unknown coupling, activation or strategy, or a
-            strategy that needs more rows than ``k``.
+        ConfigError: ``k`` outside ``[1, num_experts]``, an unknown coupling, fusion, activation or
+            strategy, a strategy that needs more rows than ``k``, hyperedges that do not fit the experts.
     """
 
     def __init__(
@@ -61,7 +79,15 @@ class MoELayer(nn.Module):
         activation: str = "swiglu",
         coupling: str = "none",
         coupling_layers: int | None = None,
+        coupling_norm: bool = False,
+        coupling_scale: float | None = None,
         strategy: str = "all_pairs",
+        hyperedges: Sequence[Sequence[int]] | None = None,
+        hyperedge_attention: bool = False,
+        max_hyperedges: int = 4096,
+        routed_scaling_factor: float = 1.0,
+        fusion: str = "sum",
+        fusion_projection: bool = False,
         num_ghosts: int = 0,
         ghost_threshold: float = 0.01,
         ghost_rate: float = 0.01,
@@ -71,6 +97,10 @@ class MoELayer(nn.Module):
         super().__init__()
         if coupling not in COUPLINGS:
             raise ConfigError("unknown coupling", "coupling", f"one of {', '.join(COUPLINGS)}", coupling)
+        if fusion not in FUSIONS:
+            raise ConfigError("unknown fusion", "fusion", f"one of {', '.join(FUSIONS)}", fusion)
+        if coupling_layers is not None and coupling_layers < 1:
+            raise ConfigError("too few rounds", "coupling_layers", "at least 1", coupling_layers)
         if num_experts < 1:
             raise ConfigError("no expert", "num_experts", "at least 1", num_experts)
         if num_ghosts < 0:
@@ -82,9 +112,10 @@ class MoELayer(nn.Module):
         self.in_channels, self.num_experts, self.num_ghosts = in_channels, num_experts, num_ghosts
         self.k = total if k == num_experts else k
         self.coupling, self.track_outputs = coupling, track_outputs or coupling != "none" or num_ghosts > 0
-        self.router = (
-            DenseRouter(in_channels, total) if k == num_experts else TopKRouter(in_channels, total, k)
-        )
+        if k == num_experts:
+            self.router = DenseRouter(in_channels, total, scale=routed_scaling_factor)
+        else:
+            self.router = TopKRouter(in_channels, total, k, scale=routed_scaling_factor)
         self.experts = ExpertConv(
             in_channels, hidden_channels or 4 * in_channels, total, activation=activation
         )
@@ -98,22 +129,34 @@ class MoELayer(nn.Module):
                 rate=ghost_rate,
                 window=ghost_window,
             )
+        rounds = coupling_layers or (2 if coupling == "gnn" else 1)
         if coupling == "gnn":
-            rounds = 2 if coupling_layers is None else coupling_layers
             couplers = [CoupleConv(in_channels, total) for _ in range(rounds)]
         elif coupling == "hyper":
-            rounds = 1 if coupling_layers is None else coupling_layers
-            couplers = [
-                HyperCoupleConv(in_channels, total, strategy=strategy, k=self.k, num_ghosts=num_ghosts)
-                for _ in range(rounds)
-            ]
+            options = {
+                "strategy": strategy,
+                "hyperedges": hyperedges,
+                "attention": hyperedge_attention,
+                "max_hyperedges": max_hyperedges,
+                "k": self.k,
+                "num_ghosts": num_ghosts,
+            }
+            couplers = [HyperCoupleConv(in_channels, total, **options) for _ in range(rounds)]
         else:
             couplers = []
         self.couplers = nn.ModuleList(couplers)
-        self.fusion = SumFusion()
-        for conv in (self.experts, self.fusion, *self.couplers):
-            # An Explainer around the user's GNN masks the edges of that graph, not those in here.
-            conv.explain = False
+        norms = [nn.RMSNorm(in_channels, eps=1e-6) for _ in couplers] if coupling_norm else []
+        self.coupling_norms = nn.ModuleList(norms)
+        self.coupling_start = coupling_scale
+        self.register_parameter("coupling_scale", None)
+        if couplers and coupling_scale is not None:
+            self.coupling_scale = nn.Parameter(torch.full((rounds,), float(coupling_scale)))
+        self.mean = fusion == "mean"
+        self.fusion = ProjectedFusion(in_channels) if fusion_projection else SumFusion()
+        for module in self.modules():
+            if isinstance(module, MessagePassing):
+                # An Explainer around the user's GNN masks the edges of that graph, not those in here.
+                module.explain = False
 
     def reset_parameters(self) -> None:
         for module in self.children():
@@ -122,6 +165,8 @@ class MoELayer(nn.Module):
                     conv.reset_parameters()
             elif module is not None:
                 module.reset_parameters()
+        if self.coupling_scale is not None:
+            nn.init.constant_(self.coupling_scale, self.coupling_start)
 
     def forward(
         self,
@@ -139,28 +184,31 @@ class MoELayer(nn.Module):
         offset = None if self.ghosts is None else self.ghosts.offset()
         routing = self.router(x, batch=batch, mask=mask, offset=offset)
 
-        if self.experts.fuse and not self.track_outputs:
+        if self.experts.fuse and not self.track_outputs and not self.mean and type(self.fusion) is SumFusion:
             out = self.experts.reduce(x, routing.token, routing.weight, routing.ptr, routing.perm)
-            mean = unexplained = None
+            mean = unexplained = centre = None
         else:
             rows = self._rows(x, routing)  # [R, D], sorted by expert
             row = torch.arange(routing.perm.numel(), device=x.device)
             inverse = torch.empty_like(row).scatter_(0, routing.perm, row)  # place -> row
             slots = rows.index_select(0, inverse).view(-1, self.k, x.size(1))  # [N, k, D]
-            weight = routing.weight.index_select(0, inverse).view(-1, self.k)
             expert = routing.expert.index_select(0, inverse).view(-1, self.k)
+            if self.mean:
+                weight = equal_weights(expert, routing.num_experts, level)
+            else:
+                weight = routing.weight.index_select(0, inverse).view(-1, self.k)
             coupled = self._couple(slots, expert, level)
             out = self.fusion(coupled, edge_weight=weight.to(x.dtype))
             if return_record and self.track_outputs:
                 mean = expert_means(rows, routing)
-                unexplained = _unexplained(x, slots, expert < routing.num_experts)
+                unexplained, centre = unexplained_by(x, slots, expert < routing.num_experts)
             else:
-                mean = unexplained = None
+                mean = unexplained = centre = None
         out = out.view(shape)
         if not return_record:
             return out
         dropped = torch.zeros((), dtype=torch.long, device=x.device)
-        return out, Record(routing, mean, None, dropped, unexplained)
+        return out, Record(routing, mean, None, dropped, unexplained, centre)
 
     def _rows(self, x: Tensor, routing: Routing) -> Tensor:
         row = torch.arange(routing.token.numel(), device=x.device)
@@ -171,11 +219,18 @@ class MoELayer(nn.Module):
         if isinstance(self.router, DenseRouter):
             # Slot e is expert e; absent rows are 0 and stay 0, so all tokens share one operator.
             expert = None
-        for conv in self.couplers:
-            if self.coupling == "gnn":
-                slots = conv(slots, expert=expert, level=level)
+        for index, conv in enumerate(self.couplers):
+            spoken = self.coupling_norms[index](slots) if self.coupling_norms else slots
+            heard = conv(spoken, expert=expert, level=level)
+            scale = None if self.coupling_scale is None else self.coupling_scale[index]
+            if self.coupling == "hyper":
+                added = F.gelu(heard)
+            elif self.coupling_norms or scale is not None:
+                added = heard - spoken  # the conv has a residual of its own
             else:
-                slots = slots + F.gelu(conv(slots, expert=expert, level=level))
+                slots = heard
+                continue
+            slots = slots + (added if scale is None else scale * added)
         return slots
 
     def connections(self) -> Tensor | None:
@@ -200,21 +255,3 @@ class MoELayer(nn.Module):
 def moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a model, in the order of its modules."""
     return [module for module in model.modules() if isinstance(module, MoELayer)]
-
-
-def expert_means(rows: Tensor, routing: Routing) -> Tensor:
-    """Mean of the rows ``[R, D]`` of each expert, ``[E, D]``; 0 for an expert without rows."""
-    ids = torch.arange(routing.num_experts, device=rows.device).unsqueeze(1)
-    member = (routing.expert == ids).to(rows.dtype)  # [E, R]: one small GEMM, with a cheap gradient
-    return member @ rows / member.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def _unexplained(x: Tensor, slots: Tensor, present: Tensor) -> Tensor:
-    """Variance over tokens of ``x - mean_e o_e``, averaged over channels; no gradient."""
-    with torch.no_grad():
-        count = present.sum(dim=1, keepdim=True)
-        residual = x - slots.sum(dim=1) / count.clamp(min=1)
-        keep = (count > 0).to(x.dtype)  # masked tokens do not count
-        total = keep.sum().clamp(min=1)
-        centre = (residual * keep).sum(dim=0) / total
-        return ((residual - centre).square() * keep).sum(dim=0).div(total).mean()

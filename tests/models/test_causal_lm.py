@@ -15,7 +15,15 @@ COUPLINGS = [
     ("hyper", "all_triplets"),
     ("hyper", "all"),
 ]
-OPTIONS = [(c, s, k, g) for c, s in COUPLINGS for k in (3, 4) for g in (0, 2)]
+OPTIONS = [(c, s, k, g, {}) for c, s in COUPLINGS for k in (3, 4) for g in (0, 2)]
+OPTIONS += [
+    ("gnn", "all_pairs", 3, 2, {"coupling_norm": True, "coupling_scale": 0.1, "post_norm": 0.2}),
+    ("gnn", "all_pairs", 4, 0, {"coupling_layers": 3, "fusion": "mean", "fusion_projection": True}),
+    ("hyper", "all_pairs", 3, 2, {"hyperedge_attention": True, "coupling_norm": True}),
+    ("hyper", "all", 4, 2, {"hyperedge_attention": True, "coupling_layers": 2}),
+    ("hyper", "custom", 3, 2, {"hyperedges": [[0, 1, 4], [1, 2], [2, 3, 5], [0], [3, 4]]}),
+    ("none", "all_pairs", 2, 0, {"routed_scaling_factor": 2.0, "post_norm": 0.2}),
+]
 
 
 def build(coupling="hyper", strategy="all_pairs", k=3, ghosts=2, **options):
@@ -52,10 +60,10 @@ def logits(model, ids, **options):
     return model(ids, **options).logits
 
 
-@pytest.mark.parametrize("coupling, strategy, k, ghosts", OPTIONS)
+@pytest.mark.parametrize("coupling, strategy, k, ghosts, options", OPTIONS)
 @pytest.mark.parametrize("train", [False, True])
-def test_no_token_sees_the_future(coupling, strategy, k, ghosts, train):
-    model = build(coupling, strategy, k, ghosts).train(train)
+def test_no_token_sees_the_future(coupling, strategy, k, ghosts, options, train):
+    model = build(coupling, strategy, k, ghosts, **options).train(train)
     ids = torch.randint(61, (2, 12))
     before = logits(model, ids)
     for cut in (1, 5, 11):
@@ -66,9 +74,9 @@ def test_no_token_sees_the_future(coupling, strategy, k, ghosts, train):
         assert (after[:, cut:] - before[:, cut:]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("coupling, strategy, k, ghosts", OPTIONS)
-def test_cached_decoding_equals_the_full_pass(coupling, strategy, k, ghosts):
-    model = build(coupling, strategy, k, ghosts)
+@pytest.mark.parametrize("coupling, strategy, k, ghosts, options", OPTIONS)
+def test_cached_decoding_equals_the_full_pass(coupling, strategy, k, ghosts, options):
+    model = build(coupling, strategy, k, ghosts, **options)
     ids = torch.randint(61, (2, 13))
     whole = logits(model, ids)
     for chunks in ((1,) * 13, (3, 3, 3, 3, 1), (7, 6), (13,)):
@@ -105,9 +113,9 @@ def test_left_padding_and_batch_mates_do_not_matter(coupling):
     assert torch.equal(generated[:, 4:], plain)
 
 
-@pytest.mark.parametrize("coupling, strategy, k, ghosts", OPTIONS)
-def test_every_parameter_learns(coupling, strategy, k, ghosts):
-    model = build(coupling, strategy, k, ghosts).train()
+@pytest.mark.parametrize("coupling, strategy, k, ghosts, options", OPTIONS)
+def test_every_parameter_learns(coupling, strategy, k, ghosts, options):
+    model = build(coupling, strategy, k, ghosts, **options).train()
     ids = torch.randint(61, (4, 24))
     assert_every_parameter_learns(model, model(ids, labels=ids).loss)
 
@@ -192,6 +200,32 @@ def test_saves_and_loads_with_ghosts_half_awake(tmp_path):
             assert torch.equal(value, model.state_dict()[name]), name
         # Not bit for bit: mapped weights may be aligned differently, which changes the order of sums.
         torch.testing.assert_close(logits(loaded, ids), logits(model, ids), rtol=0, atol=1e-12)
+
+
+def test_initial_sizes():
+    """Branches end small, maps of couplers do not, gains start where the config says."""
+    options = {"coupling_norm": True, "coupling_scale": 0.25, "post_norm": 0.2, "fusion_projection": True}
+    sizes = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_experts": 4}
+    for coupling in ("gnn", "hyper"):
+        model = GraphMoEForCausalLM(
+            GraphMoEConfig(coupling=coupling, num_experts_per_tok=3, **sizes, **options)
+        )
+        for block in model.model.layers:
+            moe = block.feed_forward
+            for lin in (m for conv in moe.couplers for m in conv.modules() if isinstance(m, torch.nn.Linear)):
+                assert abs(lin.weight.std() * 8 - 1) < 0.1
+            assert abs(moe.experts.down_proj.std() / 0.02 * 2 - 1) < 0.1
+            assert abs(block.attend.lin_out.weight.std() / 0.02 * 2 - 1) < 0.1
+            assert (moe.coupling_scale == 0.25).all() and (moe.fusion.lin.bias == 0).all()
+            assert (block.feed_forward_post_norm.weight == 0.2).all()
+            assert (block.attend_norm.weight == 1).all() and (moe.fusion.norm.weight == 1).all()
+
+
+def test_a_dense_branch_ends_as_small_as_a_mixture():
+    config = GraphMoEConfig(hidden_size=64, intermediate_size=48, num_hidden_layers=8, num_experts=1)
+    for block in GraphMoEForCausalLM(config).model.layers:
+        assert abs(block.feed_forward.down_proj.weight.std() / 0.02 * 4 - 1) < 0.1
+        assert abs(block.attend.lin_out.weight.std() / 0.02 * 4 - 1) < 0.1
 
 
 def test_load_without_a_checkpoint(tmp_path):

@@ -61,6 +61,78 @@ def test_edge_form_equals_fast_form(coupling, strategy, k, num_ghosts, double):
     assert (layer(x, mask=mask)[0, :3] == 0).all()
 
 
+OPTIONS = [
+    {"coupling": "gnn", "fusion": "mean"},
+    {"coupling": "gnn", "fusion_projection": True, "coupling_layers": 1},
+    {"coupling": "hyper", "fusion": "mean", "fusion_projection": True},
+    {"coupling": "none", "fusion": "mean"},
+    {"coupling": "none", "fusion_projection": True},
+    {"coupling": "hyper", "coupling_scale": 0.3, "coupling_layers": 2},
+    {"coupling": "gnn", "coupling_scale": 0.3},
+    {"coupling": "gnn", "coupling_norm": True},
+    {"coupling": "none", "routed_scaling_factor": 2.5},
+    {"coupling": "hyper", "coupling_norm": True, "coupling_scale": 0.3},
+    {"coupling": "hyper", "hyperedges": [[0], [1], [2], [3]]},
+    {"coupling": "hyper", "hyperedge_attention": True},
+    {"coupling": "hyper", "hyperedges": [[0, 1, 2], [2, 3], [0, 3]]},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("k", [3, 4])
+def test_edge_form_equals_fast_form_for_every_option(options, k, double):
+    layer = build(k=k, **options)
+    x = torch.randn(2, 7, 6, requires_grad=True)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, :3] = False
+
+    def edge():
+        with edge_form(layer):
+            return layer(x, mask=mask)
+
+    assert_same(layer, [x], lambda: layer(x, mask=mask), edge)
+    assert (layer(x, mask=mask)[0, :3] == 0).all()
+    twin = build(k=k, **options)
+    assert_state_round_trip(layer, twin, lambda module: module(x))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_parameter_of_every_option_learns(options):
+    layer = build(k=3, **options)
+    x = torch.randn(40, 6)
+    out, record = layer(x, return_record=True)
+    # With equal weights the router learns from its auxiliary losses alone.
+    assert_every_parameter_learns(layer, out.pow(3).sum() + record.routing.logits.square().mean())
+
+
+def test_mean_fusion_is_the_mean_over_the_live_rows(double):
+    layer = build(k=4, num_ghosts=2, awake=False, fusion="mean")
+    x = torch.randn(5, 6)
+    weights = list(zip(layer.experts.gate_up_proj, layer.experts.down_proj, strict=True))
+    served = torch.stack([torch.stack([reference.expert(t, *pair) for t in x]) for pair in weights])
+    torch.testing.assert_close(layer(x), served[:4].mean(dim=0))
+    layer.ghosts.phase[0], layer.ghosts.steps[0] = 1, 50  # half awake: level 0.5
+    weight = torch.tensor([1.0, 1, 1, 1, 0.5, 0])
+    mean = (weight.view(-1, 1, 1) * served).sum(dim=0) / 4.5
+    torch.testing.assert_close(layer(x), mean, rtol=1e-6, atol=1e-6)  # levels are float32
+
+
+@pytest.mark.parametrize("coupling", ["gnn", "hyper"])
+def test_a_coupling_scale_of_zero_is_no_coupling(coupling, double):
+    layer = build(coupling, coupling_scale=0.0)
+    torch.nn.init.zeros_(layer.coupling_scale)
+    plain = build()
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    x = torch.randn(9, 6)
+    torch.testing.assert_close(layer(x), plain(x))
+    layer.reset_parameters()
+    assert (layer.coupling_scale == 0).all()
+    torch.nn.init.ones_(layer.coupling_scale)
+    whole = build(coupling)
+    whole.load_state_dict(layer.state_dict(), strict=False)
+    torch.testing.assert_close(layer(x), whole(x))
+
+
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_oracle_without_coupling(k, double):
     layer = build(k=k)

@@ -88,3 +88,16 @@ def test_edge_index_is_a_valid_graph():
 def test_k_out_of_range(k):
     with pytest.raises(ConfigError, match=r"k: k must not exceed.*1 <= k <= 5"):
         TopKRouter(6, 5, k)
+
+
+@pytest.mark.parametrize("kind", [TopKRouter, DenseRouter])
+def test_scale_is_what_weights_sum_to(kind):
+    sizes = (6, 5, 3) if kind is TopKRouter else (6, 5)
+    plain, scaled = kind(*sizes), kind(*sizes, scale=2.5)
+    scaled.load_state_dict(plain.state_dict())
+    x = torch.randn(9, 6)
+    torch.testing.assert_close(scaled(x).weight, 2.5 * plain(x).weight)
+    assert torch.equal(scaled(x).expert, plain(x).expert)
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="routed_scaling_factor: weights need a positive scale"):
+            kind(*sizes, scale=bad)

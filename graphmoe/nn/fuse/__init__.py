@@ -1,3 +1,4 @@
+from graphmoe.nn.fuse.projected_fusion import ProjectedFusion
 from graphmoe.nn.fuse.sum_fusion import SumFusion
 
-__all__ = ["SumFusion"]
+__all__ = ["ProjectedFusion", "SumFusion"]

@@ -30,9 +30,11 @@ def sort_routes(expert: Tensor, weight: Tensor, logits: Tensor) -> Routing:
 
 
 class _Router(nn.Module):
-    def __init__(self, in_channels: int, num_experts: int):
+    def __init__(self, in_channels: int, num_experts: int, scale: float):
+        if not 0 < scale < float("inf"):
+            raise ConfigError("weights need a positive scale", "routed_scaling_factor", "> 0", scale)
         super().__init__()
-        self.in_channels, self.num_experts = in_channels, num_experts
+        self.in_channels, self.num_experts, self.scale = in_channels, num_experts, scale
         self.weight = nn.Parameter(torch.empty(num_experts, in_channels))
         self.reset_parameters()
 
@@ -56,7 +58,7 @@ class TopKRouter(_Router):
     <https://arxiv.org/abs/1701.06538>`_).
 
     .. math::
-        z_n = W x_n + o, \quad w_n = \mathrm{softmax}(\mathrm{top}_k(z_n))
+        z_n = W x_n + o, \quad w_n = s\,\mathrm{softmax}(\mathrm{top}_k(z_n))
 
     Ties go to the lowest expert id. The choice of one token depends on that token alone, so the
     router is causal.
@@ -65,6 +67,7 @@ class TopKRouter(_Router):
         in_channels: Channels ``D`` of a token.
         num_experts: ``E``.
         k: Edges a token, ``1 <= k <= E``.
+        scale: What the weights of a token sum to, :math:`s > 0`.
 
     Shapes:
         - **input:** ``x [N, D]``, ``mask [N]`` bool (False: no edges), ``offset [E]`` added to the
@@ -73,14 +76,14 @@ class TopKRouter(_Router):
         - **output:** :class:`~graphmoe.typing.Routing` of ``N * k`` edges.
 
     Raises:
-        ConfigError: ``k`` outside ``[1, E]``.
+        ConfigError: ``k`` outside ``[1, E]``, ``scale`` not positive.
     """
 
-    def __init__(self, in_channels: int, num_experts: int, k: int):
+    def __init__(self, in_channels: int, num_experts: int, k: int, *, scale: float = 1.0):
         if not 1 <= k <= num_experts:
             raise ConfigError("k must not exceed the number of experts", "k", f"1 <= k <= {num_experts}", k)
         self.k = k
-        super().__init__(in_channels, num_experts)
+        super().__init__(in_channels, num_experts, scale)
 
     def forward(
         self,
@@ -92,18 +95,18 @@ class TopKRouter(_Router):
     ) -> Routing:
         logits = self.scores(x, offset)
         expert = _largest(logits.detach(), self.k)
-        return _with_absent(expert, logits.gather(1, expert), logits, mask)
+        return _with_absent(expert, logits.gather(1, expert), logits, mask, self.scale)
 
 
 class DenseRouter(_Router):
-    r"""Every expert serves every token, ``k = E``, with weights ``softmax(W x + o)``.
+    r"""Every expert serves every token, ``k = E``, with weights ``s softmax(W x + o)``.
 
     Slot ``e`` of a token is expert ``e``. Arguments and shapes as :class:`TopKRouter`.
     """
 
-    def __init__(self, in_channels: int, num_experts: int):
+    def __init__(self, in_channels: int, num_experts: int, *, scale: float = 1.0):
         self.k = num_experts
-        super().__init__(in_channels, num_experts)
+        super().__init__(in_channels, num_experts, scale)
 
     def forward(
         self,
@@ -115,7 +118,7 @@ class DenseRouter(_Router):
     ) -> Routing:
         logits = self.scores(x, offset)
         expert = torch.arange(self.num_experts, device=x.device).expand_as(logits)
-        return _with_absent(expert, logits, logits, mask)
+        return _with_absent(expert, logits, logits, mask, self.scale)
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
@@ -133,10 +136,12 @@ def _largest(scores: Tensor, k: int) -> Tensor:
     return torch.cat(chosen, dim=1)
 
 
-def _with_absent(expert: Tensor, value: Tensor, logits: Tensor, mask: Tensor | None) -> Routing:
+def _with_absent(
+    expert: Tensor, value: Tensor, logits: Tensor, mask: Tensor | None, scale: float
+) -> Routing:
     """Turn edges of unreachable experts and masked tokens into sentinels."""
     present = value > NEVER / 2
     if mask is not None:
         present = present & mask.unsqueeze(1)
     expert = torch.where(present, expert, logits.size(1))
-    return sort_routes(expert, value.softmax(dim=-1) * present, logits)
+    return sort_routes(expert, scale * value.softmax(dim=-1) * present, logits)
