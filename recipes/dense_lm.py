@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from graphmoe.train.config import flag
 from recipes import language_model
+from recipes.language_model_config import LanguageModelConfig
 
 
 @dataclass(kw_only=True)
-class DenseConfig(language_model.LanguageModelConfig):
+class DenseConfig(LanguageModelConfig):
     """One expert as wide as the three that serve a token elsewhere, and no routing."""
 
     expert_dim: int = flag(384, "channels inside the feed-forward")

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 from graphmoe.train.config import flag
 from recipes import language_model
+from recipes.hgnn_lm import HgnnConfig
 
 
 @dataclass(kw_only=True)
-class GhostConfig(language_model.LanguageModelConfig):
+class GhostConfig(HgnnConfig):
     """Hypergraph coupling, orthogonality and two ghosts a block."""
 
-    coupling: str = flag("hyper", "how the experts of a token talk: none, gnn or hyper")
     num_ghosts: int = flag(2, "ghost experts of a block", aliases=["--ghost_num_ghost_experts"])
     orthogonality_output_coef: float = flag(0.1, "weight of the orthogonality of mean expert outputs")
     orthogonality_weight_coef: float = flag(0.05, "weight of the orthogonality of expert weights")

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 
 from recipes import language_model
+from recipes.language_model_config import LanguageModelConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
     return language_model.main(
-        language_model.LanguageModelConfig, argv, recipe="moe_lm", description=__doc__.splitlines()[0]
+        LanguageModelConfig, argv, recipe="moe_lm", description=__doc__.splitlines()[0]
     )
 
 

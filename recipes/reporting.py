@@ -63,7 +63,7 @@ def ghost_steps(run_dir: Path) -> dict[str, list[dict]]:
     return {"ghosts": rows}
 
 
-def report(result: dict, run_dir: Path) -> None:
+def report(result: dict) -> None:
     """Print the headline figures of a run, each beside its baseline and its chance level."""
     say(f"{'held-out':>16} {'model':>10} {'unigram':>10} {'chance':>10}")
     for name in ("bits_per_byte", "perplexity", "loss"):
@@ -84,7 +84,6 @@ def report(result: dict, run_dir: Path) -> None:
     )
     if result["sample"] is not None:
         say(f"sample: {result['sample']}")
-    say(f"checkpoint, plots and report.html: {run_dir}")
 
 
 def say(text: str) -> None:

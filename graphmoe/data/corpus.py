@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,6 +50,35 @@ class Corpus:
         if self.held_out_bytes is None:
             return None
         return loss / math.log(2) * self.held_out.size / self.held_out_bytes
+
+    def split_held_out(self) -> tuple["Corpus", "Corpus"]:
+        """Two corpora of the same training tokens, each with one half of the held-out ones.
+
+        The first is for choosing (a learning rate, a model), the second for reporting what the choice
+        is worth. Where the tokenizer knows an end of text, the cut lies behind the last one before the
+        middle; a single document is cut in the middle. Both fingerprints are new.
+        """
+        middle = self.held_out.size // 2
+        if self.tokenizer is not None:
+            ends = np.flatnonzero(self.held_out[:middle] == self.tokenizer.eos_token_id)
+            middle = int(ends[-1]) + 1 if ends.size else middle
+        parts, sizes = (self.held_out[:middle], self.held_out[middle:]), (None, None)
+        if self.held_out_bytes is not None and self.tokenizer is not None:
+            texts = [self.tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in parts]
+            lengths = [len(text.encode()) for text in texts]
+            # In proportion: a character cut in two, or a tokenizer that loses spaces, changes lengths.
+            first = round(self.held_out_bytes * lengths[0] / max(sum(lengths), 1))
+            sizes = (first, self.held_out_bytes - first)
+        first, second = (
+            replace(
+                self,
+                held_out=part,
+                held_out_bytes=size,
+                fingerprint=fingerprint(self.train, part, self.tokenizer),
+            )
+            for part, size in zip(parts, sizes, strict=True)
+        )
+        return first, second
 
     def describe(self) -> str:
         """One plain line: megabytes (1e6 bytes), tokens, documents or shards, and vocabulary size."""

@@ -62,3 +62,32 @@ def test_fingerprint_follows_the_data_and_not_its_storage():
     }
     assert len(marks) == 6
     assert fingerprint(train.astype(">i8"), held_out, None) == fingerprint(train, held_out, None)
+
+
+def test_split_held_out_cuts_behind_a_document():
+    tool = byte_tokenizer()
+    end, text = tool.eos_token_id, "åbc de\n"
+    ids = [*tool(text)["input_ids"], end, *tool(text * 3)["input_ids"], end]
+    whole = corpus(
+        held_out=np.array(ids, dtype=np.uint16),
+        held_out_bytes=4 * len(text.encode()),
+        vocab_size=257,
+        tokenizer=tool,
+    )
+    first, second = whole.split_held_out()
+    assert first.held_out.tolist() == ids[: len(text.encode()) + 1]
+    assert first.held_out_bytes == len(text.encode()) and second.held_out_bytes == 3 * len(text.encode())
+    assert np.concatenate([first.held_out, second.held_out]).tolist() == ids
+    assert first.train is whole.train and len({first.fingerprint, second.fingerprint, whole.fingerprint}) == 3
+
+
+def test_split_held_out_of_one_document_or_of_bare_tokens():
+    tool = byte_tokenizer()
+    ids = tool("abcdefgh")["input_ids"]
+    one = corpus(held_out=np.array(ids, dtype=np.uint16), held_out_bytes=8, vocab_size=257, tokenizer=tool)
+    first, second = one.split_held_out()
+    assert (first.held_out.size, second.held_out.size) == (4, 4)
+    assert (first.held_out_bytes, second.held_out_bytes) == (4, 4)
+    bare = corpus(held_out_bytes=None).split_held_out()
+    assert [part.held_out_bytes for part in bare] == [None, None]
+    assert [part.held_out.tolist() for part in bare] == [[0], [1, 2]]

@@ -1,60 +1,21 @@
 """Recipes from the outside: command lines, exit codes, what lies on disk, and what bad input leaves there."""
 
-import importlib
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from command_line import GHOSTS, ROOT, SMALL, command, losses, run
 
 import graphmoe
 from graphmoe import checkpoint
-
-ROOT = Path(__file__).parents[2]
-SMALL = [
-    *(
-        "--tokenizer=bytes",
-        "--seq_len=32",
-        "--batch_size=4",
-        "--embed_dim=16",
-        "--num_layers=2",
-        "--num_heads=2",
-    ),
-    *("--expert_dim=16", "--eval_windows=4", "--warmup_steps=2", "--log_every=2", "--num_threads=1"),
-    *("--device=cpu", "--sample_tokens=8"),
-]
-GHOSTS = ["--ghost_window=3", "--ghost_rate=0.34"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for index, name in enumerate(("abc", "argparse", "ast", "base64", "bisect")):
-        source = Path(sys.modules["os"].__file__).parent / f"{name}.py"
-        (folder / f"{index}.txt").write_text(source.read_text(encoding="utf-8")[:6000], encoding="utf-8")
-    return folder
-
-
-def command(recipe: str, *flags: object) -> list[str]:
-    return [sys.executable, "-m", f"recipes.{recipe}", *map(str, flags)]
-
-
-def run(recipe: str, *flags: object) -> int:
-    """Run a recipe in this process, which saves the seconds of importing torch; its exit code."""
-    return importlib.import_module(f"recipes.{recipe}").main([str(flag) for flag in flags])
-
-
-def losses(run_dir: Path) -> dict[int, str]:
-    rows = checkpoint.read(run_dir).metrics
-    return {row["step"]: float.hex(row["loss"]) for row in rows if row["kind"] == "train"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,109 @@
+"""Does coupling help? All architectures at equal active parameters, tokens and tuning, over seeds.
+
+``python -m recipes.compare_phases``
+
+The plain mixture sets the number of active parameters, and the experts of every other phase are as wide
+as gives the same. Each phase is trained with every learning rate of a grid on the first seed; the one
+that is best on one half of the held-out text is trained on the other seeds too, and the other half is
+what the table reports. Stop it when you like: ``--resume`` goes on.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from graphmoe import checkpoint
+from graphmoe.train.config import RUN_ONLY, exit_code, flag, open_run, parse, to_yaml
+from recipes import comparison, language_model
+from recipes.coupled_lm import CoupledConfig
+from recipes.language_model_config import LanguageModelConfig
+from recipes.phases import MODES
+from recipes.reporting import say
+
+REFERENCE = "moe"
+"""The phase that sets the active parameters, and that the others are compared with."""
+
+BY_MODE = {
+    name for name, f in CoupledConfig.__dataclass_fields__.items()
+    if f.default is None and getattr(LanguageModelConfig, name, None) is not None
+}  # fmt: skip
+"""What a phase decides for itself."""
+
+
+@dataclass(kw_only=True)
+class CompareConfig(LanguageModelConfig):
+    """What all phases share."""
+
+    max_steps: int = flag(400, "optimiser steps to train each model for")
+    keep_checkpoints: int = flag(1, "newest checkpoints to keep of each run")
+    sample_tokens: int = flag(0, "tokens of a sample of each model; 0 for none")
+    num_ghosts: int = flag(2, "ghost experts of a block, in the phase that has them")
+    num_seeds: int = flag(3, "seeds of each phase, from --seed on")
+    phases: list[str] = field(
+        default_factory=lambda: list(MODES), metadata={"help": f"some of {', '.join(MODES)}"}
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [5e-4, 1e-3, 2e-3], metadata={"help": "learning rates to choose from"}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require("num_seeds", self.num_seeds >= 1, "a number >= 1")
+        known = set(self.phases) <= set(MODES) and len(set(self.phases)) == len(self.phases)
+        expected = f"{REFERENCE} and others of {', '.join(MODES)}"
+        self.require("phases", known and REFERENCE in self.phases, expected)
+        rates = set(self.learning_rates)
+        distinct = len(rates) == len(self.learning_rates) > 0
+        self.require("learning_rates", distinct and min(rates) > 0, "one or more different numbers > 0")
+        for name in sorted(BY_MODE - {"expert_dim", "num_experts", "top_k", "num_ghosts"}):
+            default = getattr(LanguageModelConfig, name)
+            self.require(name, getattr(self, name) == default, "nothing: each phase has its own")
+
+
+def phase_config(config: CompareConfig, phase: str) -> CoupledConfig:
+    """The flags of one phase: what all share, and what the phase decides."""
+    taken = {"expert_dim", "num_experts", "top_k"} if phase != "dense" else set()
+    taken |= {"num_ghosts"} if phase == "ghost" else set()
+    names = {f.name for f in fields(LanguageModelConfig)} - (BY_MODE - taken) - set(RUN_ONLY)
+    shared = {name: getattr(config, name) for name in names}
+    return CoupledConfig(architecture_mode=phase, **shared)
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Parse the command line, train what is missing and report."""
+    about = __doc__.splitlines()[0]
+    config = parse(CompareConfig, argv, prog="python -m recipes.compare_phases", description=about)
+    if config.evaluate is not None:
+        comparison.report(config.evaluate, "compare_phases", REFERENCE)
+        return
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    open_run(config, dry=True)
+    corpus = language_model.read_corpus(config)
+    say(f"corpus: {corpus.describe()}")
+    arms = {phase: phase_config(config, phase) for phase in config.phases}
+    arms = comparison.match_active_parameters(arms, REFERENCE, corpus)
+    run_dir = open_run(config)
+    with checkpoint.RunLock(run_dir):
+        checkpoint.atomic_write_bytes(run_dir / "config.yaml", to_yaml(config, "compare_phases"))
+        comparison.tune_and_train(
+            arms,
+            run_dir,
+            corpus,
+            rates=config.learning_rates,
+            seeds=range(config.seed, config.seed + config.num_seeds),
+        )
+        comparison.report(run_dir, "compare_phases", REFERENCE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe; returns the exit code."""
+    transformers_logging.disable_progress_bar()
+    return exit_code(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Several language models on the same data: equal active parameters, equal tuning, seeds, one table."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from analysis.compare import compare
+
+from graphmoe import checkpoint
+from graphmoe.data import Corpus
+from graphmoe.errors import ConfigError
+from graphmoe.train.config import changed, from_run
+from recipes import language_model
+from recipes.language_model_config import LanguageModelConfig, build_model
+from recipes.reporting import say
+
+TUNING = "tuning.json"
+Arms = Mapping[str, LanguageModelConfig]
+
+
+def match_active_parameters(arms: Arms, reference: str, corpus: Corpus) -> dict[str, LanguageModelConfig]:
+    """Give the experts of every arm the width at which its active parameters are nearest the reference's.
+
+    Raises:
+        ConfigError: If no width brings an arm within 1 % of the reference.
+    """
+    aim = _active(arms[reference], corpus)
+    matched = {}
+    for name, config in arms.items():
+        # Active parameters are linear in the width of the experts.
+        low, high = (_active(_with_width(config, width), corpus) for width in (8, 16))
+        width = config.expert_dim if name == reference else max(1, 8 + round((aim - low) * 8 / (high - low)))
+        matched[name] = _with_width(config, width)
+        active = _active(matched[name], corpus)
+        if abs(active / aim - 1) > 0.01:
+            what = f"no width of the experts gives {name} the active parameters of {reference}"
+            raise ConfigError(what, "--expert_dim", f"{aim:,} within 1 %", f"{active:,}")
+        say(f"{name}: experts of {width} channels, {active:,} active parameters")
+    return matched
+
+
+def tune_and_train(
+    arms: Arms, run_dir: Path, corpus: Corpus, *, rates: Sequence[float], seeds: Sequence[int]
+) -> None:
+    """Train every arm with every learning rate on the first seed, and with its best one on the others.
+
+    Runs that are finished are kept, one that was stopped goes on. One half of the held-out text
+    chooses the learning rate; every result is on the other.
+    """
+    choose, score = corpus.split_held_out()
+    total = len(arms) * (len(rates) + len(seeds) - 1)
+    study = _Study(run_dir, score, choose, total)
+    losses: dict[str, dict[float, float]] = {name: {} for name in arms}
+    for rate in rates:
+        for name, config in arms.items():
+            result = study.train(name, config, rate, seeds[0])
+            losses[name][rate] = result["validation"]["loss"]
+    best = {name: min(tried, key=tried.__getitem__) for name, tried in losses.items()}
+    for name, tried in losses.items():
+        text = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in tried.items())
+        say(f"{name}: learning rate {best[name]:g}; losses that chose it: {text}")
+    by_name = {name: {f"{rate:g}": loss for rate, loss in tried.items()} for name, tried in losses.items()}
+    checkpoint.write_json(run_dir / TUNING, {"losses": by_name, "best": best})
+    for seed in seeds[1:]:
+        for name, config in arms.items():
+            study.train(name, config, best[name], seed)
+
+
+def report(run_dir: str | os.PathLike, recipe: str, baseline: str) -> None:
+    """Print the table of a finished comparison; write it, its picture and ``result.json``.
+
+    Raises:
+        CheckpointError: If the comparison has not got so far, or a file of it is damaged.
+    """
+    run_dir = Path(run_dir)
+    best = checkpoint.read_json(run_dir / TUNING)["best"]
+    records, labels = [], []
+    for name, rate in best.items():
+        for path in sorted(run_dir.glob(f"{name}-lr{rate:g}-seed*")):
+            records.append(checkpoint.read(path))
+            labels.append(name)
+    table = compare(records, baseline=baseline, labels=labels)
+    say(table.markdown())
+    results = [record.result for record in records]
+    metrics = {}
+    for name in best:
+        losses = [r["metrics"]["loss"] for r, label in zip(results, labels, strict=True) if label == name]
+        metrics[name] = sum(losses) / len(losses)
+    same = ("baseline", "chance", "dataset", "device", "versions")
+    result = {"recipe": recipe, "metrics": metrics, **{key: results[0][key] for key in same}}
+    result["seconds"] = sum(checkpoint.read(path).result["seconds"] for path in _finished(run_dir))
+    checkpoint.write_json(run_dir / "result.json", result)
+    for path in table.save(run_dir):
+        say(str(path))
+
+
+@dataclasses.dataclass
+class _Study:
+    """Trains runs one after another, skips what is finished and says how much is left."""
+
+    run_dir: Path
+    score: Corpus
+    choose: Corpus
+    total: int
+    done: int = 0
+    trained: int = 0
+    seconds: float = 0.0
+
+    def train(self, name: str, config: LanguageModelConfig, rate: float, seed: int) -> dict:
+        """The result of one run."""
+        run_name = f"{name}-lr{rate:g}-seed{seed}"
+        path = self.run_dir / run_name
+        config = dataclasses.replace(
+            config, learning_rate=rate, seed=seed, run_name=run_name, out_dir=os.fspath(self.run_dir)
+        )
+        self.done += 1
+        if (path / "config.yaml").is_file():
+            different = changed(from_run(type(config), path), config)
+            if different:
+                what = f"there is a run with other settings: {', '.join(different)}"
+                raise ConfigError(what, path, "the same settings, --overwrite or another --run_name")
+            if (path / "result.json").is_file():
+                return checkpoint.read_json(path / "result.json")
+            config = dataclasses.replace(config, resume=True)
+        left = ""
+        if self.trained:
+            minutes = self.seconds / self.trained * (self.total - self.done + 1) / 60
+            left = f"; about {minutes:.0f} min left"
+        say(f"\nrun {self.done} of {self.total}: {run_name}{left}")
+        began = time.perf_counter()
+        result = language_model.train(
+            config, "coupled_lm", corpus=self.score, validation=self.choose, pictures=False
+        )
+        self.trained, self.seconds = self.trained + 1, self.seconds + time.perf_counter() - began
+        return result
+
+
+def _finished(run_dir: Path) -> list[Path]:
+    return [path.parent for path in run_dir.glob("*/result.json")]
+
+
+def _with_width(config: LanguageModelConfig, width: int) -> LanguageModelConfig:
+    return dataclasses.replace(config, expert_dim=width)
+
+
+def _active(config: LanguageModelConfig, corpus: Corpus) -> int:
+    return build_model(config, corpus).num_active_parameters()

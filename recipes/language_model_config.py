@@ -1,0 +1,127 @@
+"""The flags of every language-model recipe, and the model that they describe."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from graphmoe.data import Corpus
+from graphmoe.errors import ConfigError
+from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM
+from graphmoe.train.config import RunConfig, flag
+from graphmoe.train.loop import reseed
+
+# The words of the command line, where they differ from those of transformers and of layers.
+_MODEL_WORDS = {
+    "embed_dim": "hidden_size",
+    "expert_dim": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "seq_len": "max_position_embeddings",
+    "top_k": "num_experts_per_tok",
+}
+_FLAGS = {word: name for name, word in _MODEL_WORDS.items()} | {
+    "k": "top_k",
+    "heads": "num_heads",
+    "kv_heads": "num_kv_heads",
+}
+
+
+@dataclass(kw_only=True)
+class LanguageModelConfig(RunConfig):
+    """Flags of every language-model recipe; a recipe overrides defaults."""
+
+    max_steps: int = flag(560, "optimiser steps to train for")
+    batch_size: int = flag(8, "sequences in a batch")
+    learning_rate: float = flag(2e-3, "peak learning rate")
+    embed_dim: int = flag(128, "channels of a token")
+    num_layers: int = flag(4, "blocks")
+    num_heads: int = flag(4, "attention heads")
+    num_kv_heads: int | None = flag(None, "key and value heads; as many as --num_heads without it")
+    expert_dim: int = flag(128, "channels inside one expert")
+    num_experts: int = flag(6, "primary experts of a block; 1 is a dense model")
+    top_k: int = flag(3, "experts a token")
+    seq_len: int = flag(128, "tokens of a training sequence")
+    dropout: float = flag(0.0, "dropout on residual branches")
+    post_norm: float | None = flag(0.2, "start of the gain of the norm behind the experts")
+    coupling: str = flag("none", "how the experts of a token talk: none, gnn or hyper")
+    coupling_layers: int | None = flag(None, "rounds of coupling; 2 for gnn and 1 for hyper without it")
+    coupling_norm: bool = flag(False, "RMSNorm of what the experts of a token say to one another")
+    coupling_scale: float | None = flag(
+        None, "start of a learned factor of what coupling adds; without it there is none"
+    )
+    hyperedge_strategy: str = flag(
+        "all_pairs", "all_pairs, all_triplets, all or custom", aliases=["--hgnn_strategy"]
+    )
+    hyperedges: str | None = flag(
+        None, 'experts of each custom hyperedge, such as "0,1,2;2,3"; implies the strategy custom'
+    )
+    hyperedge_attention: bool = flag(False, "weigh the members of hyperedges by attention")
+    max_hyperedges: int = flag(4096, "most hyperedges of a block")
+    routed_scaling_factor: float = flag(1.0, "what the routing weights of a token sum to")
+    fusion: str = flag("sum", "what returns to a token: sum of its rows by routing weight, or mean")
+    fusion_projection: bool = flag(False, "linear map, GELU and LayerNorm behind the fused rows")
+    num_ghosts: int = flag(0, "ghost experts of a block", aliases=["--ghost_num_ghost_experts"])
+    ghost_activation_threshold: float = flag(0.01, "saturation above which a ghost wakes")
+    ghost_rate: float = flag(0.01, "level that a waking ghost gains per optimiser step")
+    ghost_window: int = flag(100, "optimiser steps that saturation averages over")
+    ghost_lr_schedule: Literal["level", "inverse", "complementary"] = flag(
+        "level", "ghosts learn at the primary rate times their level, or against it"
+    )
+    ghost_learning_rate: float | None = flag(
+        None, "peak learning rate of ghosts, for inverse and complementary; --learning_rate without it"
+    )
+    router_aux_loss_coef: float = flag(0.01, "weight of the load-balancing loss")
+    router_z_loss_coef: float = flag(0.001, "weight of the router z-loss")
+    orthogonality_output_coef: float = flag(0.0, "weight of the orthogonality of mean expert outputs")
+    orthogonality_weight_coef: float = flag(0.0, "weight of the orthogonality of expert weights")
+    orthogonality_warmup_steps: int = flag(1000, "optimiser steps until orthogonality has full strength")
+    orthogonality_adaptive: bool = flag(False, "adjust the strength of each block to its specialisation")
+    orthogonality_schedule: Literal["constant", "cosine", "exponential", "linear", "step"] = flag(
+        "cosine", "adaptive strength over time"
+    )
+    orthogonality_interval: int = flag(500, "optimiser steps between adjustments of the adaptive strength")
+    orthogonality_decay: float = flag(0.8, "adaptive strength of a block relative to the one before")
+    orthogonality_target: float = flag(0.95, "specialisation aimed at; 1 is that of random vectors")
+    orthogonality_min: float = flag(1e-3, "least adaptive strength")
+    orthogonality_max: float = flag(0.3, "largest adaptive strength")
+    tokenizer: str = flag("bpe", "bpe (trained on the corpus), bytes, or a pretrained tokenizer's name")
+    vocab_size: int = flag(4096, "tokens of a trained vocabulary")
+    held_out: float = flag(0.1, "fraction of the documents never trained on")
+    eval_windows: int = flag(64, "held-out sequences scored while training; the end scores all")
+    sample: str | None = flag(None, "text to continue, at the end of training or with --evaluate")
+    sample_tokens: int = flag(96, "tokens of a sample; 0 for none")
+    epochs: float | None = flag(None, "passes over the training tokens, in place of --max_steps")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require("epochs", self.epochs is None or 0 < self.epochs < math.inf, "a number > 0")
+        self.require("sample_tokens", self.sample_tokens >= 0, "a number >= 0")
+        rate = self.ghost_learning_rate
+        self.require("ghost_learning_rate", rate is None or 0 <= rate < math.inf, "a finite number >= 0")
+        if self.hyperedges is not None:
+            self.hyperedge_strategy = "custom"
+
+
+def parse_hyperedges(text: str) -> list[list[int]]:
+    """``"0,1,2;2,3"`` as ``[[0, 1, 2], [2, 3]]``; whether the experts exist is for the model to say."""
+    try:
+        return [[int(expert) for expert in edge.split(",") if edge.strip()] for edge in text.split(";")]
+    except ValueError:
+        raise ConfigError("not a list of hyperedges", "--hyperedges", '"0,1,2;2,3"', text) from None
+
+
+def build_model(config: LanguageModelConfig, corpus: Corpus) -> GraphMoEForCausalLM:
+    """The model of a config on a corpus; an error names the flag, not the model's word for it."""
+    known = {field.name for field in dataclasses.fields(GraphMoEConfig)}
+    settings = {_MODEL_WORDS.get(name, name): value for name, value in vars(config).items()}
+    end = None if corpus.tokenizer is None else corpus.tokenizer.eos_token_id
+    settings["hyperedges"] = None if config.hyperedges is None else parse_hyperedges(config.hyperedges)
+    settings |= {"vocab_size": corpus.vocab_size, "eos_token_id": end, "bos_token_id": end}
+    reseed(config.seed, 0)
+    try:
+        return GraphMoEForCausalLM(GraphMoEConfig(**{k: v for k, v in settings.items() if k in known}))
+    except ConfigError as error:
+        where = f"--{_FLAGS.get(error.where, error.where)}"
+        raise ConfigError(error.what, where, error.expected, error.got) from None
