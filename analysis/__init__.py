@@ -1,19 +1,26 @@
 """Pictures of a finished or running training run: records in, matplotlib figures out.
 
 A plot is a pure function ``RunRecord -> Figure``. To add one, write it in the file of its family and
-give it a line in :data:`PLOTS`.
+give it a line in :data:`PLOTS`. Several runs side by side are :func:`analysis.compare.compare`.
 """
 
 from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from analysis.connections import expert_connections, expert_connections_change
+from analysis.connections import (
+    expert_connections,
+    expert_connections_change,
+    expert_connections_over_time,
+)
 from analysis.curves import has_curves, training_curves
 from analysis.ghost import ghost_timeline
 from analysis.hyperedges import hyperedge_weights
+from analysis.hypergraph import hypergraph
 from analysis.load import expert_load, expert_load_over_time
+from analysis.orthogonality import orthogonality
 from analysis.series import has, steps
+from analysis.specialisation import expert_similarity, routing_information, specialisation
 from graphmoe.checkpoint import RunRecord
 
 __all__ = ["PLOTS", "plots"]
@@ -26,8 +33,14 @@ PLOTS: dict[Plot, Callable[[RunRecord], bool]] = {
     expert_load_over_time: lambda record: _several(record, "load"),
     expert_connections: lambda record: _several(record, "coupling"),
     expert_connections_change: lambda record: _several(record, "coupling") and len(steps(record)) > 1,
+    expert_connections_over_time: lambda record: _several(record, "coupling") and len(steps(record)) > 1,
+    hypergraph: lambda record: has(record, "incidence"),
     hyperedge_weights: lambda record: has(record, "hyperedge_weight", "incidence"),
     ghost_timeline: lambda record: has(record, "ghost_level"),
+    specialisation: lambda record: _several(record, "load") and has(record, "specialisation"),
+    expert_similarity: lambda record: _several(record, "final_cka"),
+    routing_information: lambda record: _routed(record),
+    orthogonality: lambda record: has(record, "orthogonality_strength") or has(record, "overlap"),
 }
 """Every plot, and whether a run has what it draws."""
 
@@ -35,6 +48,12 @@ PLOTS: dict[Plot, Callable[[RunRecord], bool]] = {
 def _several(record: RunRecord, key: str) -> bool:
     """Whether ``key`` was recorded for more than one expert: a dense model has no choice to show."""
     return has(record, key) and record.records[key].shape[-1:] != (1,)
+
+
+def _routed(record: RunRecord) -> bool:
+    """Whether anything is known about how tokens were routed, and there was a choice."""
+    known = ("routing_entropy", "final_routing_entropy", "final_mutual_information")
+    return _several(record, "load") and any(has(record, key) for key in known)
 
 
 def plots(record: RunRecord) -> dict[str, Plot]:

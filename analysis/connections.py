@@ -1,35 +1,38 @@
 """Expert connections: who listens to whom, with the strengths that the forward pass applies."""
 
-import re
-from collections.abc import Callable
+from itertools import combinations
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 
 from analysis import style
-from analysis.series import expert_names, live, series, settled, steps
+from analysis.lines import label_ends
+from analysis.matrices import Wording, between, draw_matrices
+from analysis.series import expert_names, live, num_ghosts, series, settled, steps
 from graphmoe.checkpoint import RunRecord
+
+HIGHLIGHTED, HIGHLIGHTED_GHOSTS = 3, 2
+"""Pairs of primary experts, and pairs with a ghost, that are named in each layer: the strongest."""
+# The look of a pair without (False) and with a ghost (True).
+_FAINT = {False: "#b6bcc6", True: "#f0b890"}
+_DASHES = {False: "-", True: (0, (4, 1.5))}
 
 
 @style.styled
 def expert_connections(record: RunRecord) -> Figure:
     """Strength with which each expert (row) listens to each other (column) at the end of the run."""
     coupling = _live_coupling(record)[-1]  # [L, E, E]
-    low, high = style.value_range(_between(coupling))
+    low, high = style.value_range(between(coupling))
     signed = low < 0
     norm = Normalize(-max(-low, high), max(-low, high)) if signed else Normalize(low, high)
-    fig, axes, image = _matrices(
-        record,
-        coupling,
-        f"Expert connections ({_kind(record)} coupling), step {steps(record)[-1]}",
-        norm=norm,
-        cmap="PuOr_r" if signed else "cividis",
+    wording = _wording(
+        f"Expert connections ({_kind(record)} coupling), step {steps(record)[-1]}", "coupling strength"
     )
-    _colorbar(fig, axes, image, "coupling strength")
-    return fig
+    cmap = "PuOr_r" if signed else "cividis"
+    return draw_matrices(coupling, expert_names(record), wording, norm=norm, cmap=cmap)[0]
 
 
 @style.styled
@@ -42,20 +45,92 @@ def expert_connections_change(record: RunRecord) -> Figure:
     layers = np.arange(coupling.shape[1])
     change = coupling[-1] - coupling[start, layers]
     # A change far below the strengths themselves must not look like a strong one.
-    least = 0.02 * float(np.nanmax(np.abs(_between(coupling[-1])), initial=0))
-    bound = max(float(np.nanmax(np.abs(_between(change)), initial=0)), least) or 1.0
+    least = 0.02 * float(np.nanmax(np.abs(between(coupling[-1])), initial=0))
+    bound = max(float(np.nanmax(np.abs(between(change)), initial=0)), least) or 1.0
     at = steps(record)
-    fig, axes, image = _matrices(
-        record,
+    title = f"Change of expert connections ({_kind(record)}) to step {at[-1]}"
+    fig, axes = draw_matrices(
         change,
-        f"Change of expert connections ({_kind(record)}) to step {at[-1]}",
+        expert_names(record),
+        _wording(title, "change of coupling strength"),
         norm=Normalize(-bound, bound),
         cmap="PuOr_r",
     )
     for ax, layer in zip(axes, style.shown_layers(len(layers)), strict=True):
         ax.set_title(f"layer {layer}, since step {at[start[layer]]}")
-    _colorbar(fig, axes, image, "change of coupling strength")
     return fig
+
+
+@style.styled
+def expert_connections_over_time(record: RunRecord) -> Figure:
+    """Strength of the connection of every pair of experts while the model was trained, a panel a layer.
+
+    The strength of a pair is the mean of its two directions.
+    """
+    coupling, at, names = _live_coupling(record), steps(record), expert_names(record)
+    strength = (coupling + coupling.swapaxes(2, 3)) / 2  # [S, L, E, E]
+    primaries = len(names) - num_ghosts(record)
+    pairs = list(combinations(range(len(names)), 2))
+    pairs = [pair for pair in pairs if np.isfinite(strength[:, :, *pair]).any()]
+    shown = style.shown_layers(coupling.shape[1])
+    rows, columns = style.grid_shape(len(shown), 3.9)
+    title = f"Expert connections ({_kind(record)} coupling) over time"
+    fig = style.new_figure(max(3.9 * columns + 0.2, 6.0), 2.6 * rows + 0.9, title)
+    axes = style.panels(fig, len(shown), columns, sharey=True)
+    low, high = style.value_range(between(strength[:, shown]))
+    axes[0].set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    for index, (ax, layer) in enumerate(zip(axes, shown, strict=True)):
+        lines = {pair: strength[:, layer, *pair] for pair in pairs}
+        _pairs(ax, at, lines, names, primaries)
+        ax.set_title(f"layer {layer}")
+        style.step_axis(ax, at, label=index + columns >= len(shown))
+        if index % columns == 0:
+            ax.set_ylabel("coupling strength")
+    ghosts = sum(second >= primaries for _, second in pairs)
+    others = len(pairs) - ghosts > HIGHLIGHTED
+    fig.legend(handles=_legend(others=others, ghosts=ghosts > 0), loc="outside lower center", ncols=4)
+    return fig
+
+
+def strongest(last: dict[tuple[int, int], float], count: int) -> list[tuple[int, int]]:
+    """Return the pairs with the ``count`` largest absolute strengths, strongest first; never a NaN.
+
+    Args:
+        last: Strength of each pair of expert ids.
+        count: How many to return, at most.
+    """
+    known = [pair for pair, value in last.items() if np.isfinite(value)]
+    return sorted(known, key=lambda pair: (-abs(last[pair]), pair))[:count]
+
+
+def _pairs(
+    ax: Axes, at: np.ndarray, lines: dict[tuple[int, int], np.ndarray], names: list[str], primaries: int
+) -> None:
+    """Draw the pairs of one layer: a few by name and colour, all others as thin lines behind them."""
+    with_ghost = {pair: pair[1] >= primaries for pair in lines}
+    named = []
+    for ghost, count in ((False, HIGHLIGHTED), (True, HIGHLIGHTED_GHOSTS)):
+        last = {pair: line[-1] for pair, line in lines.items() if with_ghost[pair] == ghost}
+        colours = style.GHOSTS if ghost else style.PRIMARIES
+        named += list(zip(strongest(last, count), colours, strict=False))
+    for pair, line in lines.items():
+        look = {"color": _FAINT[with_ghost[pair]], "linestyle": _DASHES[with_ghost[pair]]}
+        if pair not in dict(named):
+            style.line(ax, at, line, linewidth=0.8, markersize=2, **look)
+    for pair, colour in named:
+        style.line(ax, at, lines[pair], color=colour, linestyle=_DASHES[with_ghost[pair]], linewidth=1.8)
+    labels = [("·".join(names[expert] for expert in pair), lines[pair][-1], colour) for pair, colour in named]
+    label_ends(ax, labels)
+
+
+def _legend(*, others: bool, ghosts: bool) -> list[Line2D]:
+    handles = [Line2D([], [], color=style.INK, linewidth=1.8, label="named: the strongest at the end")]
+    if others:
+        handles.append(Line2D([], [], color=_FAINT[False], linewidth=1.2, label="other pairs"))
+    if ghosts:
+        look = {"color": _FAINT[True], "linestyle": _DASHES[True], "linewidth": 1.2}
+        handles.append(Line2D([], [], label="other pairs with a ghost (dashed)", **look))
+    return handles
 
 
 def _live_coupling(record: RunRecord) -> np.ndarray:
@@ -72,80 +147,8 @@ def _live_coupling(record: RunRecord) -> np.ndarray:
     return np.where(missing, np.nan, coupling)
 
 
-def _between(matrices: np.ndarray) -> np.ndarray:
-    """The connections of different experts: ``matrices [*, E, E]`` with NaN on the diagonal."""
-    return np.where(np.eye(matrices.shape[-1], dtype=bool), np.nan, matrices)
-
-
-def _matrices(
-    record: RunRecord, matrices: np.ndarray, title: str, *, norm: Normalize, cmap: str
-) -> tuple[Figure, list[Axes], AxesImage]:
-    """Draw ``matrices [L, E, E]`` as heatmaps, a panel a layer, with one colour scale.
-
-    What an expert keeps of itself is much stronger than any connection and would leave no colours
-    for those: on the diagonal there are numbers only.
-    """
-    kept = _connected(matrices)
-    names, cells = np.array(expert_names(record)), matrices[:, kept][:, :, kept]
-    shown, experts = style.shown_layers(len(cells)), len(kept)
-    colours, signed = _between(cells), np.nanmin(_between(cells), initial=0) < 0
-    places = 4 if experts <= 8 else 3
-    # Square cells have to grow with the width of the numbers in them, in inches.
-    cell = 0.3 + 0.04 * signed + 0.05 * (places == 4)
-    side = float(np.clip(cell * experts, 2.0 if len(shown) > 1 else 3.0, 5.0))
-    rows, columns = style.grid_shape(len(shown), side + 0.45)
-    width, height = max((side + 0.45) * columns + 1.2, 6.2), (side + 0.75) * rows + 0.6
-    fig = style.new_figure(width, height, title, layout="compressed")
-    axes = style.panels(fig, len(shown), columns)
-    form = _decimals(colours, most=places) if experts <= 12 else None
-    for index, (ax, layer) in enumerate(zip(axes, shown, strict=True)):
-        size = 8.0 if experts <= 5 else 6.5
-        image = style.heatmap(
-            ax, colours[layer], numbers=cells[layer], cmap=cmap, norm=norm, form=form, fontsize=size
-        )
-        ax.set_title(f"layer {layer}")
-        style.name_ticks(ax, names[kept], axis="x")
-        style.name_ticks(ax, names[kept], axis="y")
-        if index % columns == 0:
-            ax.set_ylabel("listening expert")
-        if index + columns >= len(shown):
-            ax.set_xlabel("speaking expert")
-    note = _note(cells, np.delete(names, kept))
-    if note:
-        fig.supxlabel(note, fontsize=8, color=style.QUIET)
-    return fig, axes, image
-
-
-def _colorbar(fig: Figure, axes: list[Axes], image: AxesImage, label: str) -> None:
-    """Add the colour scale that all panels share."""
-    rows = axes[0].get_gridspec().nrows
-    fig.colorbar(image, ax=axes, label=label, aspect=25 * rows, pad=0.02).outline.set_visible(False)
-
-
-def _connected(matrices: np.ndarray) -> np.ndarray:
-    """Return the experts with a connection in some layer; all of them if there is none at all."""
-    known = np.isfinite(matrices)
-    connected = known.any((0, 1)) | known.any((0, 2))
-    return np.flatnonzero(connected if connected.any() else ~connected)
-
-
-def _note(cells: np.ndarray, left_out: np.ndarray) -> str:
-    """Say what an empty cell means, and which ghosts are not in the picture."""
-    empty, diagonal = np.isnan(cells), np.eye(cells.shape[1], dtype=bool)
-    reasons = ["an expert and itself"] if empty[:, diagonal].all() else []
-    reasons += ["a ghost was dormant"] if empty[:, ~diagonal].any() else []
-    parts = [f"– no connection: {' or '.join(reasons)}"] if reasons else []
-    if left_out.size:
-        named = ", ".join(left_out[:12]) + (" …" if left_out.size > 12 else "")
-        parts.append(f"left out, without any connection: {named}")
-    return "   ·   ".join(parts)
-
-
-def _decimals(matrices: np.ndarray, *, most: int) -> Callable[[float], str]:
-    """Return a formatter with as many decimals as tell the values apart, and no leading zeros."""
-    spread = float(np.nanmax(matrices, initial=-np.inf) - np.nanmin(matrices, initial=np.inf))
-    places = int(np.clip(1 - np.floor(np.log10(spread)), 0, most)) if 0 < spread < np.inf else 2
-    return lambda value: re.sub(r"^(−?)0\.", r"\1.", f"{value:z.{places}f}".replace("-", "−"))
+def _wording(title: str, scale: str) -> Wording:
+    return Wording(title, "listening expert", "speaking expert", scale, "connection")
 
 
 def _kind(record: RunRecord) -> str:

@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from analysis import style
-from analysis.series import is_number, metric
+from analysis.series import expert_names, has, is_number, metric, num_ghosts, series
+from analysis.series import steps as recorded_steps
 from graphmoe.checkpoint import RunRecord
 
 Points = tuple[np.ndarray, np.ndarray]
 SINGLE = {
-    "lr": ("Learning rate", "learning rate"),
     "grad_norm": ("Gradient norm", "L2 norm before clipping"),
     "tokens_per_second": ("Speed", "tokens per second"),
 }
@@ -66,12 +66,15 @@ def _panels(record: RunRecord) -> list[Callable[[Axes], None]]:
     bits, perplexity = metric(record, "eval", "bits_per_byte"), metric(record, "eval", "perplexity")
     if len(bits[0]):
         draws.append(partial(_bits_per_byte, points=bits, baseline=_baseline(record, "bits_per_byte")))
-    elif len(perplexity[0]):
+    if len(perplexity[0]):
         draws.append(partial(_perplexity, points=perplexity))
     auxiliary = {name: metric(record, "train", f"aux/{name}") for name in _auxiliary_names(record)}
     auxiliary = {name: points for name, points in auxiliary.items() if len(points[0])}
     if auxiliary:
         draws.append(partial(_auxiliary, curves=auxiliary))
+    rate = metric(record, "train", "lr")
+    if len(rate[0]):
+        draws.append(partial(_learning_rate, primary=rate, record=record))
     for key, (title, unit) in SINGLE.items():
         points = metric(record, "train", key)
         if len(points[0]):
@@ -123,6 +126,26 @@ def _auxiliary(ax: Axes, *, curves: dict[str, Points]) -> None:
     if style.spans_decades(np.concatenate([points[1] for points in curves.values()])):
         style.log_axis(ax)
     _legend_above(ax, columns=2)
+
+
+def _learning_rate(ax: Axes, *, primary: Points, record: RunRecord) -> None:
+    """Draw the rate of the primary experts and the applied rate of each ghost, a mean over layers."""
+    style.line(ax, *primary, color=style.TEAL, linewidth=1.3, label="primary")
+    at = primary[0]
+    if has(record, "ghost_learning_rate"):
+        rates, names = series(record, "ghost_learning_rate").mean(axis=1), expert_names(record)
+        steps = recorded_steps(record)
+        at = np.concatenate([at, steps])
+        for ghost, name in enumerate(names[-num_ghosts(record) :]):
+            look = {"color": style.GHOSTS[ghost % len(style.GHOSTS)], "linestyle": "--", "linewidth": 1.3}
+            style.line(ax, steps, rates[:, ghost], label=name, **look)
+    _finish(ax, "Learning rate", "learning rate", at)
+    if ax.get_ylim()[0] < 0:
+        ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_formatter(FuncFormatter(style.amount))
+    if len(ax.lines) > 1:
+        ax.set_title("Learning rate (ghosts: mean over layers)")
+        _legend_above(ax, columns=4)
 
 
 def _single(ax: Axes, *, points: Points, title: str, unit: str, from_zero: bool) -> None:

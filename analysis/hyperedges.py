@@ -25,7 +25,7 @@ def hyperedge_weights(record: RunRecord) -> Figure:
     edges = {layer: [edge for edge, ids in enumerate(members) if alive[layer, ids].all()] for layer in shown}
     rows, columns = style.grid_shape(len(shown), 3.0)
     height = (0.2 * min(max(map(len, edges.values())), MAX_ROWS + 1) + 0.75) * rows + 0.9
-    title = f"Hyperedge weights, {_strategy(record)}{experts} experts, step {at[-1]}"
+    title = f"Hyperedge weights, {strategy(record)}{experts} experts, step {at[-1]}"
     fig = style.new_figure(max(3.0 * columns + 0.5, 6.0), height, title)
     axes = style.panels(fig, len(shown), columns, sharex=True)
     for ax, layer in zip(axes, shown, strict=True):
@@ -102,6 +102,7 @@ def _edge_name(members: list[str], num_experts: int) -> str:
     return "·".join(members) if len(members) <= 4 else f"{members[0]}…{members[-1]} ({len(members)})"
 
 
-def _strategy(record: RunRecord) -> str:
-    strategy = record.meta.get("hyperedge_strategy", "")
-    return f"{style.plain(strategy, 24)} of " if strategy else ""
+def strategy(record: RunRecord) -> str:
+    """Return ``"all_pairs of "``, to begin a title with; empty where no strategy was recorded."""
+    name = record.meta.get("hyperedge_strategy", "")
+    return f"{style.plain(name, 24)} of " if name else ""

@@ -18,7 +18,7 @@ def expert_load(record: RunRecord) -> Figure:
     names, (layers, experts) = expert_names(record), share.shape
     numbers = experts <= 24 and layers <= 48
     fig = style.new_figure(
-        float(np.clip(0.52 * experts + 2.6, 5.2, 16)),
+        float(np.clip(0.52 * experts + 3.2, 5.8, 16)),
         float(np.clip(0.42 * layers + 1.7, 2.6, 24)),
         f"Expert load, {_when(at)}",
     )
@@ -40,7 +40,7 @@ def expert_load(record: RunRecord) -> Figure:
     style.name_ticks(ax, names, axis="x")
     style.name_ticks(ax, [str(layer) for layer in range(layers)], axis="y")
     if layers <= 48:
-        _beside(ax, experts - 0.5, max_violation(share))
+        _beside(ax, experts - 0.5, {"MaxVio": max_violation(share), "entropy": load_entropy(share)})
     bar = fig.colorbar(image, ax=ax, pad=0.03, label="routing edges, %")
     bar.outline.set_visible(False)
     for share_of_layer in set(np.round(uniform, 3)):
@@ -59,7 +59,8 @@ def expert_load_over_time(record: RunRecord) -> Figure:
     shown = style.shown_layers(load.shape[1])
     rows, columns = style.grid_shape(len(shown), 3.1)
     fig = style.new_figure(max(3.1 * columns + 1.0, 5.5), 2.3 * rows + 0.6, "Expert load over time")
-    violation = max_violation(_final_share(record)[0])
+    share_at_end = _final_share(record)[0]
+    violation, entropy = max_violation(share_at_end), load_entropy(share_at_end)
     width = 1.3 if len(names) <= 24 else 0.7
     axes = style.panels(fig, len(shown), columns, sharey=True)
     for index, (ax, layer) in enumerate(zip(axes, shown, strict=True)):
@@ -70,7 +71,7 @@ def expert_load_over_time(record: RunRecord) -> Figure:
         if len(at) == 1:
             ax.axhline(100 / alive[0, layer].sum(), **uniform)
         ax.step(at, 100 / alive[:, layer].sum(1), where="post", **uniform)
-        ax.set_title(f"layer {layer} · MaxVio {violation[layer]:.2f}")
+        ax.set_title(f"layer {layer} · MaxVio {violation[layer]:.2f} · entropy {entropy[layer]:.3f}")
         style.step_axis(ax, at, label=index + columns >= len(shown))
         if index % columns == 0:
             ax.set_ylabel("routing edges, %")
@@ -92,6 +93,24 @@ def max_violation(share: np.ndarray) -> np.ndarray:
     return np.where(known, share, 0).max(1) / mean - 1
 
 
+def load_entropy(share: np.ndarray) -> np.ndarray:
+    """Return the entropy of the load of each layer as a fraction of a uniform one's, ``[L]``.
+
+    1 is perfect balance over the live experts, 0 is all load on one of several; NaN without any load.
+
+    Args:
+        share: Load of each expert, ``[L, E]`` in any unit, NaN for an expert that is not live.
+    """
+    known = np.isfinite(share)
+    values = np.where(known, share, 0)
+    total = values.sum(1, keepdims=True)
+    part = np.divide(values, total, out=np.full_like(values, np.nan), where=total > 0)
+    bits = -(part * np.log2(np.where(part > 0, part, 1))).sum(1)
+    most = np.log2(np.maximum(known.sum(1), 1))
+    # One expert alone carries its uniform load, though both entropies are 0.
+    return np.divide(bits, most, out=np.where(np.isnan(bits), np.nan, 1.0), where=most > 0)
+
+
 def _final_share(record: RunRecord) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean load of the last quarter of the records.
 
@@ -104,12 +123,14 @@ def _final_share(record: RunRecord) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return np.where(alive, 100 * load[-window:].mean(0), np.nan), alive, at[-window:]
 
 
-def _beside(ax: Axes, x: float, violation: np.ndarray) -> None:
-    """Write MaxVio as a column to the right of a heatmap that ends at ``x``."""
+def _beside(ax: Axes, x: float, columns: dict[str, np.ndarray]) -> None:
+    """Write columns of numbers, one a layer, to the right of a heatmap that ends at ``x``."""
     look = {"textcoords": "offset points", "annotation_clip": False, "fontsize": 8}
-    ax.annotate("MaxVio", (x, -0.5), xytext=(8, 6), color=style.QUIET, **look)
-    for layer, value in enumerate(violation):
-        ax.annotate(f"{value:.2f}", (x, layer), xytext=(8, 0), va="center", **look)
+    for index, (name, values) in enumerate(columns.items()):
+        offset, places = 8 + 44 * index, 2 + index
+        ax.annotate(name, (x, -0.5), xytext=(offset, 6), color=style.QUIET, **look)
+        for layer, value in enumerate(values):
+            ax.annotate(f"{value:.{places}f}", (x, layer), xytext=(offset, 0), va="center", **look)
 
 
 def _colours(names: list[str]) -> list[str]:

@@ -4,7 +4,6 @@ import base64
 import difflib
 import html
 import inspect
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,17 +12,17 @@ import jinja2
 from matplotlib.figure import Figure
 
 import analysis
+from analysis.output import png, write
 from analysis.series import is_number
-from analysis.style import look
-from graphmoe.checkpoint import RunRecord, atomic_write_bytes
+from graphmoe.checkpoint import RunRecord
 from graphmoe.errors import ConfigError
 
-DPI = 120
 FACTS = {
     "steps": "optimiser steps",
     "seconds": "seconds",
     "params_total": "parameters",
     "params_active": "parameters active per token",
+    "flops_per_token": "FLOPs per token",
     "peak_rss_mb": "peak memory, MB",
     "dataset": "data set",
     "device": "device",
@@ -69,7 +68,7 @@ class Report(Mapping[str, Figure]):
         """
         paths = [Path(directory) / f"{name}.png" for name in self]
         for path in paths:
-            _write(path, self._png(path.stem))
+            write(path, self._png(path.stem))
         return paths
 
     def to_html(self, path: str | Path) -> Path:
@@ -93,7 +92,7 @@ class Report(Mapping[str, Figure]):
             config=_exact(self.record.config),
             versions=_exact(_mapping(result.get("versions"))),
         )
-        return _write(Path(path), page.encode("utf-8", errors="replace"))
+        return write(Path(path), page.encode("utf-8", errors="replace"))
 
     def _repr_html_(self) -> str:
         return "\n".join(
@@ -111,12 +110,7 @@ class Report(Mapping[str, Figure]):
     def _png(self, name: str) -> bytes:
         figure = self[name]
         if name not in self._pngs or figure.stale:
-            buffer = io.BytesIO()
-            with look():
-                figure.savefig(buffer, format="png", dpi=DPI)
-            self._pngs[name] = buffer.getvalue()
-            # Saving changes the resolution and changes it back, which matplotlib counts as an edit.
-            figure.stale = False
+            self._pngs[name] = png(figure)
         return self._pngs[name]
 
 
@@ -193,9 +187,3 @@ def _sample(record: RunRecord) -> dict[str, str] | None:
     if not isinstance(sample, dict):
         return {"prompt": "", "continuation": _text(sample)}
     return {key: _text(sample.get(key, "")) for key in ("prompt", "continuation")}
-
-
-def _write(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_bytes(path, content)
-    return path

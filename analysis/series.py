@@ -18,7 +18,24 @@ AXES = {
     "saturation": "SL",
     "ghost_level": "SLG",
     "ghost_phase": "SLG",
+    "ghost_learning_rate": "SLG",
+    "orthogonality_strength": "SL",
+    "overlap": "SL",
+    "specialisation": "SL",
+    "routing_entropy": "SL",
 }
+"""Axes of every time series."""
+FINAL = {
+    "cka": "LEE",
+    "cka_random": "L",
+    "specialisation": "L",
+    "specialisation_random": "L",
+    "routing_entropy": "L",
+    "routing_entropy_random": "L",
+    "mutual_information": "L",
+    "mutual_information_random": "L",
+}
+"""Axes of what was measured once, on held-out text after training; recorded as ``final_<name>``."""
 COUNTS = ("step", "ghost_phase", "incidence")
 
 
@@ -68,6 +85,25 @@ def series(record: RunRecord, key: str) -> np.ndarray:
         raise CheckpointError(what, _where(record), f"[{', '.join(axes)}] with {known}", values.shape)
     # A run that diverged has recorded infinities, which no axis can show.
     return np.where(np.isfinite(values), values, np.nan) if values.dtype.kind == "f" else values
+
+
+def final(record: RunRecord, name: str) -> np.ndarray:
+    """Return what was measured at the end of the run, with the axes that :data:`FINAL` gives it.
+
+    Args:
+        record: The run.
+        name: The figure, without the ``final_`` of its record.
+
+    Raises:
+        CheckpointError: If it is missing, empty or does not fit the other records.
+    """
+    key, axes = f"final_{name}", FINAL[name]
+    values, layers = array(record, key, ndim=len(axes)), _num_layers(record)
+    expected = (layers, num_experts(record), num_experts(record))[: len(axes)]
+    if values.shape != expected:
+        what = f"'{key}' does not fit the other records"
+        raise CheckpointError(what, _where(record), list(expected), list(values.shape))
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def num_ghosts(record: RunRecord) -> int:
@@ -159,6 +195,13 @@ def _count(record: RunRecord, key: str, *, least: int = 0) -> int:
 
 def _layered(record: RunRecord) -> list[np.ndarray]:
     return [record.records[key] for key in AXES if key in record.records]
+
+
+def _num_layers(record: RunRecord) -> int:
+    """Number of MoE layers L, as the time series have it, or else what was measured at the end."""
+    counts = [other.shape[1] for other in _layered(record) if other.ndim > 1]
+    ends = [record.records[f"final_{name}"] for name in FINAL if f"final_{name}" in record.records]
+    return [*counts, *(end.shape[0] for end in ends if end.ndim)][0]
 
 
 def _lookup(entry: dict, key: str) -> object:

@@ -2,17 +2,14 @@
 
 import json
 import re
-from itertools import combinations
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
-import yaml
+from fake_run import HOSTILE, cells, change, texts, write_run
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from safetensors.numpy import save_file
 
 import analysis
 from analysis.__main__ import main
@@ -31,136 +28,18 @@ ALL = [
     "expert_load_over_time",
     "expert_connections",
     "expert_connections_change",
+    "expert_connections_over_time",
+    "hypergraph",
     "hyperedge_weights",
     "ghost_timeline",
+    "specialisation",
+    "expert_similarity",
+    "routing_information",
+    "orthogonality",
 ]
-HOSTILE = "</script><b>bold</b> $\\frac{ $x$"
-
-
-def write_run(
-    path: Path,
-    *,
-    layers: int = 2,
-    primaries: int = 4,
-    ghosts: int = 2,
-    records: int = 20,
-    coupling: str = "hyper",
-    strategy: str = "all_pairs",
-    size: int = 2,
-    result: bool = True,
-) -> Path:
-    """Write a run whose ghost 0 wakes in every layer a third of the way through."""
-    path.mkdir(parents=True)
-    random, experts = np.random.default_rng(0), primaries + ghosts
-    step = np.arange(1, records + 1) * 20
-    woken = np.clip((np.arange(records) - records / 3) / (records / 4), 0, 1)
-    level = np.zeros((records, layers, ghosts), np.float32)
-    level[:, :, :1] = woken[:, None, None]
-    drift = np.cumsum(random.normal(0, 0.02, (records, layers, experts)), axis=0)
-    load = np.exp(drift + random.normal(0, 0.3, (layers, experts)))
-    load[:, :, primaries:] *= level
-    load /= load.sum(-1, keepdims=True)
-    alive = np.concatenate([np.ones((records, layers, primaries)), level], -1) > 0
-    tensors = {"step": step.astype(np.int64), "load": load.astype(np.float32)}
-    meta = {"recipe": "ghost_lm", "coupling": coupling, "num_experts": str(primaries), "k": "3"}
-    meta |= {"num_ghosts": str(ghosts), "ghost_activation_threshold": "0.01", "hyperedge_strategy": strategy}
-    if coupling != "none":
-        strength = 0.2 + np.cumsum(random.normal(0, 0.002, (records, layers, experts, experts)), axis=0)
-        strength *= alive[..., :, None] & alive[..., None, :]
-        strength *= 1 - np.eye(experts)
-        tensors["coupling"] = strength.astype(np.float32)
-    if coupling == "hyper":
-        sets = list(combinations(range(experts), size))
-        pairs = [(expert, edge) for edge, members in enumerate(sets) for expert in members]
-        tensors["incidence"] = np.array(pairs, np.int64).T.copy()
-        weight = 0.7 + np.cumsum(random.normal(0, 0.01, (records, layers, len(sets))), axis=0)
-        tensors["hyperedge_weight"] = weight.astype(np.float32)
-    if ghosts:
-        growth = np.exp(random.normal(0, 0.15, (records, layers)))
-        tensors["saturation"] = (10 ** np.linspace(-3.5, -1.2, records)[:, None] * growth).astype(np.float32)
-        tensors["ghost_level"] = level
-        tensors["ghost_phase"] = np.where(level <= 0, 0, np.where(level < 1, 1, 2)).astype(np.int64)
-    save_file(tensors, path / "records.safetensors", metadata=meta)
-    lines = []
-    for index, at in enumerate(step.tolist()):
-        loss = 2.5 + 6 * np.exp(-4 * index / records) + random.normal(0, 0.08)
-        aux = {
-            "balance": 1 + abs(random.normal(0, 0.1)),
-            "router_z": 4.0,
-            "orthogonality": 0.02 / (index + 1),
-        }
-        entry = {
-            "kind": "train",
-            "step": at,
-            "loss": loss + 0.05,
-            "lm_loss": loss,
-            "aux": aux,
-            "dtype": "fp32",
-        }
-        entry |= {"lr": 1e-3 * (1 - index / records), "grad_norm": 0.9, "seconds": 0.5 * index}
-        entry |= {"tokens_per_second": 9000.0 + random.normal(0, 300)}
-        lines.append(entry)
-        if index % max(records // 5, 1) == 0 or index == records - 1:
-            lines.append(
-                {
-                    "kind": "eval",
-                    "step": at,
-                    "loss": loss + 0.1,
-                    "perplexity": float(np.exp(loss + 0.1)),
-                    "bits_per_byte": (loss + 0.1) / 2.3,
-                }
-            )
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path / "config.yaml").write_text(yaml.safe_dump({"run_name": HOSTILE, "learning_rate": 0.001, "k": 3}))
-    if result:
-        (path / "result.json").write_text(
-            json.dumps(
-                {
-                    "recipe": "ghost_lm",
-                    "metrics": {
-                        "bits_per_byte": 1.62,
-                        "perplexity": 52.5,
-                        "loss": 3.961,
-                        "tokens_per_second": 9120,
-                    },
-                    "chance": {"bits_per_byte": 4.12, "perplexity": 4096.0},
-                    "baseline": {"name": "unigram", "bits_per_byte": 2.7, "perplexity": 641.0},
-                    "seconds": 201.2,
-                    "steps": int(step[-1]),
-                    "peak_rss_mb": 912.4,
-                    "params_total": 1234567,
-                    "params_active": 934567,
-                    "seed": 0,
-                    "dataset": "stdlib",
-                    "device": "cpu",
-                    "versions": {"python": "3.11", "torch": "2.13.0"},
-                    "sample": {"prompt": "def main():\n", "continuation": "    return '</pre><i>'"},
-                }
-            )
-        )
-    return path
-
-
-def change(run: Path, meta: dict[str, str] | None = None, **changes: np.ndarray | None) -> Path:
-    """Replace (or, with ``None``, remove) records of a run and entries of their metadata."""
-    record = read(run)
-    tensors = {key: value for key, value in (record.records | changes).items() if value is not None}
-    tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-    save_file(tensors, run / "records.safetensors", metadata=record.meta | (meta or {}))
-    return run
-
-
-def texts(figure: Figure) -> list[str]:
-    """Every text of a figure, after it was drawn."""
-    figure.draw_without_rendering()
-    found = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible())
-    return [text.get_text() for text in found if text.get_text()]
-
-
-def cells(figure: Figure) -> list[np.ndarray]:
-    """The values of every heatmap of a figure, NaN where a cell is empty."""
-    images = [image for ax in figure.axes for image in ax.get_images()]
-    return [image.get_array().filled(np.nan) for image in images]
+OVER_TIME = {"expert_connections_change", "expert_connections_over_time"}
+HYPEREDGES = {"hypergraph", "hyperedge_weights"}
+MEASURES = {"specialisation", "expert_similarity", "routing_information", "orthogonality"}
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +54,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "options, missing",
     [
         ({}, set()),
-        ({"records": 1}, {"expert_connections_change"}),
+        ({"records": 1}, OVER_TIME),
         ({"ghosts": 0}, {"ghost_timeline"}),
-        ({"coupling": "gnn"}, {"hyperedge_weights"}),
-        (
-            {"coupling": "none"},
-            {"expert_connections", "expert_connections_change", "hyperedge_weights"},
-        ),
+        ({"coupling": "gnn"}, HYPEREDGES),
+        ({"coupling": "none"}, {"expert_connections"} | OVER_TIME | HYPEREDGES),
+        ({"measures": False}, MEASURES),
     ],
 )
 def test_a_run_has_the_plots_that_fit_it(tmp_path: Path, options: dict, missing: set[str]):
@@ -190,50 +67,11 @@ def test_a_run_has_the_plots_that_fit_it(tmp_path: Path, options: dict, missing:
 
 
 def test_a_dense_or_empty_run_offers_no_expert_plots(tmp_path: Path):
-    dense = read(write_run(tmp_path / "dense", primaries=1, ghosts=0, coupling="none"))
+    dense = read(write_run(tmp_path / "dense", primaries=1, ghosts=0, coupling="none", measures=False))
     assert list(analysis.plots(dense)) == ["training_curves"]
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.yaml").write_text("k: 1\n")
     assert analysis.plots(read(tmp_path / "empty")) == {}
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(
-    "options, names",
-    [
-        ({"layers": 1, "records": 1}, ["training_curves", *ALL[1:4], *ALL[5:]]),
-        ({"layers": 8, "primaries": 8, "ghosts": 4, "records": 9}, ["expert_load", *ALL[3:4], *ALL[5:]]),
-    ],
-)
-def test_nothing_is_clipped_and_no_titles_overlap(tmp_path: Path, options: dict, names: list[str]):
-    record = read(write_run(tmp_path / "run", **options))
-    for name in names:
-        figure = analysis.plots(record)[name](record)
-        figure.draw_without_rendering()
-        (width, height), box = figure.get_size_inches(), figure.get_tightbbox()
-        assert min(box.x0, box.y0, width - box.x1, height - box.y1) > -0.01, name
-        titles = [text for ax in figure.axes for text in [ax.title] if text.get_text()]
-        titles += [text for text in figure.texts if text.get_text()]
-        boxes = [text.get_window_extent() for text in titles]
-        for index, box in enumerate(boxes):
-            assert not any(box.overlaps(other) for other in boxes[index + 1 :]), name
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_diverged_run_is_still_drawn(tmp_path: Path):
-    run = write_run(tmp_path / "run", records=4)
-    record = read(run)
-    bad = {
-        key: np.full_like(value, np.inf if key == "saturation" else np.nan)
-        for key, value in record.records.items()
-        if value.dtype.kind == "f" and key != "ghost_level"
-    }
-    lines = [json.dumps({"kind": "train", "step": step, "loss": float("nan"), "lr": 0.1}) for step in (1, 2)]
-    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    report = Report(read(change(run, **bad)))
-    assert list(report) == ALL
-    for figure in report.values():
-        figure.draw_without_rendering()
 
 
 def test_many_layers_get_a_sample_of_panels(tmp_path: Path):
@@ -413,6 +251,14 @@ def test_ghost_transitions_are_marked_with_their_steps(run: Path):
         ("expert_load", {"num_experts": "0"}, {}),
         ("expert_load", {}, {"step": np.zeros(20, np.float32)}),
         ("expert_connections", {}, {"coupling": np.zeros((20, 2, 6, 5), np.float32)}),
+        ("hypergraph", {}, {"incidence": np.array([[0, 1], [0, 10**12]]), "hyperedge_weight": None}),
+        ("hypergraph", {}, {"incidence": np.array([[0, 6], [0, 0]]), "hyperedge_weight": None}),
+        ("training_curves", {}, {"ghost_learning_rate": np.zeros((20, 2, 3), np.float32)}),
+        ("specialisation", {}, {"specialisation": np.zeros((20, 3), np.float32)}),
+        ("specialisation", {}, {"final_specialisation": np.zeros(3, np.float32)}),
+        ("expert_similarity", {}, {"final_cka": np.zeros((2, 6, 5), np.float32)}),
+        ("routing_information", {}, {"final_routing_entropy_random": np.zeros((2, 1), np.float32)}),
+        ("orthogonality", {}, {"overlap": np.zeros((19, 2), np.float32)}),
         ("hyperedge_weights", {}, {"incidence": np.array([[0, 6], [0, 0]])}),
         ("hyperedge_weights", {}, {"incidence": np.array([[0, 1], [0, 15]])}),
         ("hyperedge_weights", {}, {"incidence": np.array([[0, -1], [0, 0]])}),
@@ -441,7 +287,7 @@ def test_report_is_a_lazy_mapping_of_figures(run: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setitem(analysis.PLOTS, picture, lambda record: True)
     report = Report(read(run))
-    assert list(report) == [*ALL, "picture"] and len(report) == 8 and not drawn
+    assert list(report) == [*ALL, "picture"] and len(report) == len(ALL) + 1 and not drawn
     assert report["picture"] is report["picture"] and drawn == [run]
     assert repr(report).startswith("Report('ghosts', training_curves, ")
     with pytest.raises(KeyError):
@@ -493,7 +339,7 @@ def test_an_unfinished_run_has_a_report(tmp_path: Path):
 
 
 def test_unknown_plots_are_named_with_a_suggestion(run: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"did you mean 'expert_load'\?.*ghost_timeline; got 'expert_laod'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'expert_load'\?.*orthogonality; got 'expert_laod'"):
         Report(read(run), ["expert_laod"])
     plain = read(write_run(tmp_path / "run", ghosts=0))
     with pytest.raises(ConfigError, match="this run has no such plot"):

@@ -1,0 +1,346 @@
+"""Comparison of finished runs: who belongs together, what the table and the picture say, what is refused."""
+
+import csv
+import io
+import json
+import math
+import statistics
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from fake_run import write_arm, write_run
+from matplotlib.collections import PathCollection, PolyCollection
+
+from analysis.compare import Comparison, compare, main
+from analysis.comparison_figure import held_out
+from analysis.groups import paired, spread
+from graphmoe.checkpoint import RunRecord, read
+from graphmoe.errors import CheckpointError, ConfigError
+
+BITS = {
+    "moe": {0: 1.90, 1: 1.94, 2: 1.92},
+    "ghost": {0: 1.85, 1: 1.92, 3: 1.70},
+    "dense": {2: 2.01},
+}
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> list[RunRecord]:
+    """Arms whose seeds overlap in part, in an order that no table should depend on."""
+    path = tmp_path_factory.mktemp("arms")
+    runs = [(mode, seed, bits) for mode, arm in BITS.items() for seed, bits in arm.items()]
+    return [
+        read(write_arm(path / f"{mode}{seed}", mode=mode, seed=seed, bits=bits))
+        for mode, seed, bits in reversed(runs)
+    ]
+
+
+def rows(comparison: Comparison) -> dict[str, dict[str, str]]:
+    """The cells of the Markdown table by row and column."""
+    lines = [line for line in comparison.markdown().splitlines() if line.startswith("|")]
+    header, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len({len(line) for line in lines}) == 1  # aligned for the terminal
+    return {cells[0]: dict(zip(header, cells, strict=True)) for cells in body}
+
+
+def edit_result(run: Path, **changes: object) -> Path:
+    """Replace entries of a run's result."""
+    result = json.loads((run / "result.json").read_text()) | changes
+    (run / "result.json").write_text(json.dumps(result))
+    return run
+
+
+# Groups ----------------------------------------------------------------------------------------
+
+
+def test_runs_that_differ_in_seed_and_place_make_a_group(records: list[RunRecord]):
+    groups = compare(records).groups
+    assert [(group.label, group.seeds) for group in groups] == [
+        ("dense", [2]),
+        ("ghost", [0, 1, 3]),
+        ("moe", [0, 1, 2]),
+    ]
+    assert [run.path.name for run in groups[1].runs] == ["ghost0", "ghost1", "ghost3"]
+
+
+@pytest.mark.parametrize(
+    "key, value, groups",
+    [
+        ("run_name", "elsewhere", 1),
+        ("out_dir", "/there", 1),
+        ("resume", True, 1),
+        ("overwrite", True, 1),
+        ("evaluate", "run", 1),
+        ("weight_decay", None, 1),  # a setting that older runs do not have
+        ("weight_decay", 0.2, 2),
+        ("betas", [0.9, 0.99], 2),
+    ],
+)
+def test_where_a_run_lies_does_not_tell_groups_apart(tmp_path: Path, key: str, value: object, groups: int):
+    first, second = write_arm(tmp_path / "a"), write_arm(tmp_path / "b", seed=1)
+    config = yaml.safe_load((second / "config.yaml").read_text()) | {key: value}
+    (second / "config.yaml").write_text(yaml.safe_dump(config))
+    assert len(compare([read(first), read(second)]).groups) == groups
+
+
+@pytest.mark.parametrize(
+    "arms, labels",
+    [
+        ([{"mode": "moe"}, {"mode": "ghost", "num_ghosts": 2}], ["moe", "ghost"]),
+        ([{"mode": None, "recipe": "moe_lm"}, {"mode": None, "recipe": "dense_lm"}], ["moe_lm", "dense_lm"]),
+        ([{"mode": None, "recipe": "moe_lm"}, {"mode": "moe"}], ["moe_lm", "moe"]),
+        (
+            [{"mode": "moe", "k": 1}, {"mode": "moe", "k": 2}, {"mode": "ghost", "k": 2}],
+            ["moe · k=1", "moe · k=2", "ghost"],
+        ),
+        (
+            [{"mode": None, "a": "x", "k": 1}, {"mode": None, "k": 2}],
+            ["coupled_lm · a=x, k=1", "coupled_lm · a=None, k=2"],
+        ),
+        ([{"mode": "moe", "k": 1}], ["moe"]),
+    ],
+)
+def test_labels_are_as_short_as_tells_groups_apart(tmp_path: Path, arms: list[dict], labels: list[str]):
+    runs = [read(write_arm(tmp_path / str(index), **arm)) for index, arm in enumerate(arms)]
+    assert [group.label for group in compare(runs).groups] == labels
+
+
+def test_given_labels_decide(tmp_path: Path):
+    arms = [{"k": 1}, {"k": 2, "seed": 1}, {"k": 2, "seed": 0}]
+    runs = [read(write_arm(tmp_path / str(index), **arm)) for index, arm in enumerate(arms)]
+    groups = compare(runs, labels=["few", "few", "many"], baseline="many").groups
+    assert [(group.label, group.seeds) for group in groups] == [("few", [0, 1]), ("many", [0])]
+    with pytest.raises(ConfigError, match="labels: not one label a run; expected 3 labels; got 2"):
+        compare(runs, labels=["few", "many"])
+
+
+# The table -------------------------------------------------------------------------------------
+
+
+def test_means_and_deviations_are_over_seeds(records: list[RunRecord]):
+    table = rows(compare(records))
+    moe = list(BITS["moe"].values())
+    assert table["moe"]["seeds"] == "3"
+    expected = f"{statistics.mean(moe):.4f} ± {statistics.stdev(moe):.4f}"
+    assert table["moe"]["held-out bits per byte"] == expected
+    perplexities = [math.exp(2.3 * value) for value in moe]
+    expected = f"{statistics.mean(perplexities):.2f} ± {statistics.stdev(perplexities):.2f}"
+    assert table["moe"]["perplexity"] == expected
+
+
+def test_differences_are_taken_at_equal_seeds(records: list[RunRecord]):
+    table = rows(compare(records))
+    shared = [BITS["ghost"][seed] - BITS["moe"][seed] for seed in (0, 1)]
+    error = statistics.stdev(shared) / math.sqrt(2)
+    expected = f"{statistics.mean(shared):+.4f} ± {error:.4f} (2)".replace("-", "−")
+    assert table["ghost"]["against moe"] == expected
+    # The seed that only one of them has would turn the sign of the difference of means.
+    assert table["dense"]["against moe"] == "+0.0900 ± – (1)"
+    assert table["moe"]["against moe"] == "baseline" and table["unigram"]["against moe"] == "–"
+
+
+def test_paired_by_hand():
+    assert paired({0: 3.0, 1: 5.0, 9: 7.0}, {0: 1.0, 1: 1.0, 5: 0.0}) == (3.0, math.sqrt(2) / math.sqrt(2), 2)
+    assert paired({0: 3.0}, {1: 1.0}) is None
+    assert paired({0: 3.0}, {0: 1.0}) == (2.0, None, 1)
+    assert spread([]) is None and spread([2.0]) == (2.0, None, 1)
+
+
+def test_a_single_seed_has_no_spread_and_never_zero(records: list[RunRecord]):
+    dense = rows(compare(records))["dense"]
+    assert dense["held-out bits per byte"] == "2.0100 ± –"
+    assert dense["perplexity"].endswith(" ± –")
+
+
+def test_other_columns_and_rows(records: list[RunRecord]):
+    table = rows(compare(records))
+    assert (
+        table["moe"]
+        | {
+            "tokens/s": "9,001",  # the median of three
+            "active / total parameters, M": "0.935 / 1.235",
+            "FLOPs per token, M": "3.21",
+            "specialisation / random": "0.600 / 0.800",
+            "CKA / random": "0.200 / 0.050",
+            "MaxVio": "0.30",
+            "load entropy": "0.940",
+        }
+        == table["moe"]
+    )
+    assert "learning rate" not in table["moe"]
+    assert list(table) == ["dense", "ghost", "moe", "unigram", "chance"]
+    assert table["unigram"]["held-out bits per byte"] == "2.7000" and table["unigram"]["seeds"] == "–"
+    assert table["chance"]["perplexity"] == "4,096.00"
+
+
+def test_learning_rates_are_shown_where_groups_differ(tmp_path: Path):
+    runs = [
+        read(write_arm(tmp_path / str(rate), mode=mode, learning_rate=rate))
+        for mode, rate in (("moe", 0.001), ("ghost", 0.002))
+    ]
+    table = rows(compare(runs))
+    assert (table["moe"]["learning rate"], table["ghost"]["learning rate"]) == ("0.001", "0.002")
+
+
+def test_what_a_result_lacks_is_a_dash(tmp_path: Path):
+    run = edit_result(write_arm(tmp_path / "run"), experts={}, flops_per_token=None, chance=None, baseline=3)
+    run = edit_result(run, metrics={"loss": 4.0, "bits_per_byte": 1.9}, params_active=None)
+    table = rows(compare([read(run)]))
+    assert list(table) == ["moe"]
+    dashes = ("perplexity", "tokens/s", "FLOPs per token, M", "specialisation / random", "MaxVio")
+    assert {table["moe"][name] for name in dashes} == {"–"}
+    assert table["moe"]["active / total parameters, M"] == "– / 1.235"
+
+
+def test_loss_is_compared_where_there_are_no_bytes(tmp_path: Path):
+    runs = [write_arm(tmp_path / "a", bits=None), write_arm(tmp_path / "b", bits=2.0, seed=1)]
+    comparison = compare([read(run) for run in runs])
+    assert rows(comparison)["moe"]["held-out loss, nats per token"].startswith("4.3000 ± ")
+    assert comparison.figure().axes[0].get_ylabel() == "held-out loss, nats per token"
+
+
+def test_a_perfect_score_of_zero_is_a_score(tmp_path: Path):
+    table = rows(compare([read(write_arm(tmp_path / "run", bits=0.0))]))
+    assert table["moe"]["held-out bits per byte"] == "0.0000 ± –"
+
+
+def test_csv_has_a_row_a_run_and_exact_numbers(records: list[RunRecord]):
+    table = list(csv.DictReader(io.StringIO(compare(records).csv())))
+    assert len(table) == 7
+    row = next(row for row in table if row["name"] == "ghost" and row["seed"] == "3")
+    assert float(row["metrics.bits_per_byte"]) == 1.70 and Path(row["run"]).name == "ghost3"
+    assert float(row["metrics.loss"]) == 2.3 * 1.70 and row["config.architecture_mode"] == "ghost"
+    assert (row["experts.cka.0"], row["experts.cka.1"]) == ("0.3", "0.1")
+    assert float(row["baseline.bits_per_byte"]) == 2.7 and row["dataset"] == "stdlib"
+
+
+def test_csv_of_runs_with_different_figures_leaves_cells_empty(tmp_path: Path):
+    runs = [write_arm(tmp_path / "a"), edit_result(write_arm(tmp_path / "b", seed=1), experts=None, extra=1)]
+    first, second = csv.DictReader(io.StringIO(compare([read(run) for run in runs]).csv()))
+    assert first["extra"] == "" and second["extra"] == "1" and second["experts.cka.0"] == ""
+
+
+def test_names_cannot_break_the_table(tmp_path: Path):
+    table = compare([read(write_arm(tmp_path / "run", mode="a|b\nc"))])
+    assert list(rows(table)) == ["a/b c", "unigram", "chance"]
+
+
+# The picture -----------------------------------------------------------------------------------
+
+
+def test_curves_are_means_with_a_band_only_where_there_are_several_seeds(records: list[RunRecord]):
+    comparison = compare(records)
+    curves = comparison.figure().axes[0]
+    dense, ghost, moe = curves.lines
+    assert [line.get_label() for line in (dense, ghost, moe)] == ["dense", "ghost", "moe"]
+    assert moe.get_xdata().tolist() == [40, 80, 120, 160, 200]
+    values = np.array(list(BITS["moe"].values()))
+    assert np.allclose(moe.get_ydata(), values.mean() * (1 + 40 / moe.get_xdata()))
+    bands = [item for item in curves.collections if isinstance(item, PolyCollection)]
+    assert len(bands) == 2
+    heights = bands[1].get_paths()[0].vertices[:, 1]
+    assert np.isclose(heights.max(), 2 * (values.mean() + values.std(ddof=1)))
+    assert np.isclose(heights.min(), 1.2 * (values.mean() - values.std(ddof=1)))
+
+
+def test_every_seed_is_a_dot(records: list[RunRecord]):
+    finals = compare(records).figure().axes[1]
+    dots = [item.get_offsets() for item in finals.collections if isinstance(item, PathCollection)]
+    assert [sorted(points[:, 0].tolist()) for points in dots] == [
+        [2.01],
+        [1.70, 1.85, 1.92],
+        [1.90, 1.92, 1.94],
+    ]
+    assert [label.get_text() for label in finals.get_yticklabels()] == ["dense", "ghost", "moe"]
+    assert {text.get_text() for text in finals.texts} == {"2.010", "1.823", "1.920"}
+
+
+def test_steps_that_a_seed_lacks_are_left_out(tmp_path: Path):
+    runs = [write_arm(tmp_path / str(seed), seed=seed) for seed in range(2)]
+    lines = (runs[1] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (runs[1] / "metrics.jsonl").write_text("".join(lines[1:4]))
+    (group,) = compare([read(run) for run in runs]).groups
+    at, values = held_out(group, "bits_per_byte")
+    assert at.tolist() == [80, 120, 160] and values.shape == (2, 3)
+    (runs[1] / "metrics.jsonl").unlink()
+    comparison = compare([read(run) for run in runs])
+    assert not comparison.figure().axes[0].lines
+
+
+@pytest.mark.filterwarnings("error")
+def test_long_names_and_many_groups_are_not_clipped(tmp_path: Path):
+    runs = [
+        read(
+            write_arm(tmp_path / f"{k}-{seed}", hyperedge_strategy="all_triplets", k=k, dim=8 * k, seed=seed)
+        )
+        for k in range(1, 12)
+        for seed in range(2)
+    ]
+    figure = compare(runs).figure()
+    figure.draw_without_rendering()
+    (width, height), box = figure.get_size_inches(), figure.get_tightbbox()
+    assert min(box.x0, box.y0, width - box.x1, height - box.y1) > -0.01
+    labels = [label.get_window_extent() for label in figure.axes[1].get_yticklabels()]
+    assert len(labels) == 11 and not any(a.overlaps(b) for a, b in pairwise(labels))
+
+
+# What is refused -------------------------------------------------------------------------------
+
+
+def test_refusals(tmp_path: Path, records: list[RunRecord]):
+    with pytest.raises(ConfigError, match="nothing to compare; expected at least one run"):
+        compare([])
+    unfinished = read(write_run(tmp_path / "unfinished", layers=1, records=2, result=False))
+    with pytest.raises(CheckpointError, match=r"unfinished: this run is not finished.*result\.json"):
+        compare([*records, unfinished])
+    with pytest.raises(ConfigError, match=r"baseline: .*expected dense, ghost, moe; got 'mole'"):
+        compare(records, baseline="mole")
+    other = read(write_arm(tmp_path / "other", dataset="wikitext-2", seed=7))
+    with pytest.raises(ConfigError, match=r"dataset: .*stdlib \(.*dense2\), wikitext-2 \(.*other\)"):
+        compare([*records, other])
+    with pytest.raises(ConfigError, match=r"two runs of 'moe' have the same seed.*moe0 and .*moe0"):
+        compare([*records, records[-1]])
+
+
+# The command -----------------------------------------------------------------------------------
+
+
+def test_command_prints_and_writes_the_table(
+    tmp_path: Path, records: list[RunRecord], capsys: pytest.CaptureFixture
+):
+    out, runs = tmp_path / "new" / "out", [str(record.path) for record in records]
+    assert main([*runs, "--out", str(out), "--baseline", "dense"]) == 0
+    printed, comparison = capsys.readouterr().out, compare(records, baseline="dense")
+    assert printed.startswith(comparison.markdown()) and "against dense" in printed
+    assert printed.splitlines()[-3:] == [str(out / f"comparison.{end}") for end in ("md", "csv", "png")]
+    assert (out / "comparison.md").read_text() == comparison.markdown()
+    assert (out / "comparison.csv").read_text() == comparison.csv()
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(out.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "at least one run"),
+        (["missing"], "not a run"),
+        (["arm", "--baseline", "ghost"], "expected moe; got 'ghost'"),
+        (["arm", "--out", "file"], "file"),
+        (["arm", "--base", "moe"], "unrecognized arguments: --base"),
+    ],
+)
+def test_command_says_what_is_wrong_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    write_arm(tmp_path / "arm")
+    (tmp_path / "file").write_text("in the way")
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2 and not out and message in err and err.count("\n") == 1
