@@ -37,7 +37,7 @@ BY_MODE = {
 class CompareConfig(LanguageModelConfig):
     """What all phases share."""
 
-    max_steps: int = flag(400, "optimiser steps to train each model for")
+    max_steps: int = flag(360, "optimiser steps to train each model for")
     keep_checkpoints: int = flag(1, "newest checkpoints to keep of each run")
     sample_tokens: int = flag(0, "tokens of a sample of each model; 0 for none")
     num_ghosts: int = flag(2, "ghost experts of a block, in the phase that has them")
@@ -46,7 +46,7 @@ class CompareConfig(LanguageModelConfig):
         default_factory=lambda: list(MODES), metadata={"help": f"some of {', '.join(MODES)}"}
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [5e-4, 1e-3, 2e-3], metadata={"help": "learning rates to choose from"}
+        default_factory=lambda: [1e-3, 2e-3, 4e-3], metadata={"help": "learning rates to choose from"}
     )
 
     def __post_init__(self):

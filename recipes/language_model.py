@@ -106,7 +106,8 @@ def train(
             "sample": sample(config, model, corpus),
         } | ghost_steps(run_dir)
         if validation is not None:
-            loss = mean_loss(model, TokenWindows(validation.held_out, config.seq_len).sequential())
+            other = TokenWindows(validation.held_out, config.seq_len).sequential(8 * config.eval_windows)
+            loss = mean_loss(model, other)
             result["validation"] = scores(validation, loss)
         if probe:
             result["experts"] = expert_summary(probe)

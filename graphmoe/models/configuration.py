@@ -123,6 +123,9 @@ class GraphMoEConfig(PreTrainedConfig):
                 "heads must divide hidden_size into even parts", "num_attention_heads",
                 f"a divisor of {self.hidden_size // 2}", self.num_attention_heads,
             )  # fmt: skip
+        if self.fusion == "mean" and not (self.router_aux_loss_coef or self.router_z_loss_coef):
+            what = "equal weights leave the router nothing to learn from"
+            raise ConfigError(what, "fusion", "sum, or a router_aux_loss_coef or router_z_loss_coef", "mean")
         if self.num_experts == 1 and (self.coupling != "none" or self.num_ghosts):
             raise ConfigError(
                 "one expert has nobody to couple with or to relieve", "num_experts", "at least 2", 1

@@ -279,6 +279,13 @@ def test_active_parameters():
         ({"strategy": "all_quads"}, "hyperedge_strategy"),
         ({"hidden_act": "relu"}, "unknown activation"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"fusion": "max"}, "fusion: unknown fusion"),
+        (
+            {"fusion": "mean", "router_aux_loss_coef": 0, "router_z_loss_coef": 0},
+            "fusion: equal weights leave the router nothing to learn from",
+        ),
+        ({"coupling_layers": 0}, "coupling_layers: too few rounds"),
+        ({"routed_scaling_factor": 0}, "routed_scaling_factor"),
     ],
 )
 def test_wrong_input(options, match):
