@@ -2,15 +2,17 @@
 
 ``python -m recipes.compare_phases``
 
-The plain mixture sets the number of active parameters, and the experts of every other phase are as wide
-as gives the same. Each phase is trained with every learning rate of a grid on the first seed; the one
-that is best on one half of the held-out text is trained on the other seeds too, and the other half is
-what the table reports. Stop it when you like: ``--resume`` goes on.
+The plain mixture sets the number of active parameters (or, with ``--equal flops``, of operations a
+token), and the experts of every other phase are as wide as gives the same. Each phase is trained with
+every learning rate of a grid on the first seed; the one that is best on one half of the held-out text
+is trained on the other seeds too, and the other half is what the table reports. Stop it when you
+like: ``--resume`` goes on.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -41,6 +43,9 @@ class CompareConfig(LanguageModelConfig):
     keep_checkpoints: int = flag(1, "newest checkpoints to keep of each run")
     sample_tokens: int = flag(0, "tokens of a sample of each model; 0 for none")
     num_ghosts: int = flag(2, "ghost experts of a block, in the phase that has them")
+    equal: Literal["parameters", "flops"] = flag(
+        "parameters", "what all phases have as much of, a token: active parameters, or arithmetic"
+    )
     num_seeds: int = flag(3, "seeds of each phase, from --seed on")
     phases: list[str] = field(
         default_factory=lambda: list(MODES), metadata={"help": f"some of {', '.join(MODES)}"}
@@ -85,7 +90,7 @@ def run(argv: Sequence[str] | None) -> None:
     corpus = language_model.read_corpus(config)
     say(f"corpus: {corpus.describe()}")
     arms = {phase: phase_config(config, phase) for phase in config.phases}
-    arms = comparison.match_active_parameters(arms, REFERENCE, corpus)
+    arms = comparison.match_cost(arms, REFERENCE, corpus, equal=config.equal)
     run_dir = open_run(config)
     with checkpoint.RunLock(run_dir):
         checkpoint.atomic_write_bytes(run_dir / "config.yaml", to_yaml(config, "compare_phases"))

@@ -1,4 +1,4 @@
-"""Several language models on the same data: equal active parameters, equal tuning, seeds, one table."""
+"""Several language models on the same data: equal cost, equal tuning, seeds, one table."""
 
 import dataclasses
 import os
@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from analysis.compare import compare
-
 from graphmoe import checkpoint
 from graphmoe.data import Corpus
 from graphmoe.errors import ConfigError
+from graphmoe.models.cost import forward_flops
 from graphmoe.train.config import changed, from_run
 from recipes import language_model
 from recipes.language_model_config import LanguageModelConfig, build_model
@@ -20,24 +20,30 @@ TUNING = "tuning.json"
 Arms = Mapping[str, LanguageModelConfig]
 
 
-def match_active_parameters(arms: Arms, reference: str, corpus: Corpus) -> dict[str, LanguageModelConfig]:
-    """Give the experts of every arm the width at which its active parameters are nearest the reference's.
+def match_cost(arms: Arms, reference: str, corpus: Corpus, *, equal: str) -> dict[str, LanguageModelConfig]:
+    """Give the experts of every arm the width at which its cost is nearest the reference's.
+
+    Args:
+        arms: Configs by name.
+        reference: The arm whose width stays.
+        corpus: Sets the vocabulary.
+        equal: ``parameters`` (active ones) or ``flops`` (of a forward pass, per token).
 
     Raises:
         ConfigError: If no width brings an arm within 1 % of the reference.
     """
-    aim = _active(arms[reference], corpus)
+    aim = _cost(arms[reference], corpus, equal)
     matched = {}
     for name, config in arms.items():
-        # Active parameters are linear in the width of the experts.
-        low, high = (_active(_with_width(config, width), corpus) for width in (8, 16))
+        # Both costs are linear in the width of the experts.
+        low, high = (_cost(_with_width(config, width), corpus, equal) for width in (8, 16))
         width = config.expert_dim if name == reference else max(1, 8 + round((aim - low) * 8 / (high - low)))
         matched[name] = _with_width(config, width)
-        active = _active(matched[name], corpus)
-        if abs(active / aim - 1) > 0.01:
-            what = f"no width of the experts gives {name} the active parameters of {reference}"
-            raise ConfigError(what, "--expert_dim", f"{aim:,} within 1 %", f"{active:,}")
-        say(f"{name}: experts of {width} channels, {active:,} active parameters")
+        cost = _cost(matched[name], corpus, equal)
+        if abs(cost / aim - 1) > 0.01:
+            what = f"no width of the experts gives {name} as many {equal} as {reference}"
+            raise ConfigError(what, "--expert_dim", f"{aim:,} within 1 %", f"{cost:,}")
+        say(f"{name}: experts of {width} channels, {cost:,} active {equal} a token")
     return matched
 
 
@@ -145,5 +151,6 @@ def _with_width(config: LanguageModelConfig, width: int) -> LanguageModelConfig:
     return dataclasses.replace(config, expert_dim=width)
 
 
-def _active(config: LanguageModelConfig, corpus: Corpus) -> int:
-    return build_model(config, corpus).num_active_parameters()
+def _cost(config: LanguageModelConfig, corpus: Corpus, equal: str) -> int:
+    model = build_model(config, corpus)
+    return model.num_active_parameters() if equal == "parameters" else forward_flops(model, config.seq_len)

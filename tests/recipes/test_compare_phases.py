@@ -8,6 +8,7 @@ from command_line import SMALL, run
 
 from graphmoe import checkpoint
 from graphmoe.data import load_text
+from graphmoe.models.cost import forward_flops
 from graphmoe.train.command import Stopped
 from recipes import compare_phases, comparison, language_model
 from recipes.compare_phases import CompareConfig, phase_config
@@ -51,14 +52,19 @@ def test_what_it_leaves(finished):
     assert set(result["metrics"]) == set(PHASES) and result["baseline"]["name"] == "unigram"
 
 
-def test_phases_have_equal_active_parameters(corpus):
+@pytest.mark.parametrize("equal", ["parameters", "flops"])
+def test_phases_have_equal_cost(corpus, equal):
     text = load_text(corpus, tokenizer="bytes")
     config = CompareConfig(tokenizer="bytes", embed_dim=32, num_layers=2, num_heads=2, expert_dim=64)
     arms = {phase: phase_config(config, phase) for phase in MODES}
-    matched = comparison.match_active_parameters(arms, "moe", text)
-    active = {n: language_model.build_model(c, text).num_active_parameters() for n, c in matched.items()}
+    matched = comparison.match_cost(arms, "moe", text, equal=equal)
+    models = {name: language_model.build_model(c, text) for name, c in matched.items()}
+    cost = {
+        name: model.num_active_parameters() if equal == "parameters" else forward_flops(model, config.seq_len)
+        for name, model in models.items()
+    }
     assert matched["moe"].expert_dim == 64
-    assert all(abs(value / active["moe"] - 1) < 0.01 for value in active.values()), active
+    assert all(abs(value / cost["moe"] - 1) < 0.01 for value in cost.values()), cost
     assert matched["gnn"].expert_dim < matched["hgnn"].expert_dim < 64 < matched["dense"].expert_dim
 
 
