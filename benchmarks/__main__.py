@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-NAMES = ("moe_layer",)
+NAMES = ("moe_layer", "coupling")
 
 
 def main(argv: list[str] | None = None) -> int:

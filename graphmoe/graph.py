@@ -6,6 +6,7 @@ without duplicates. Wrap one in :class:`torch_geometric.EdgeIndex` to carry its 
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -94,6 +95,43 @@ def hyperedges(num_experts: int, strategy: str = "all_pairs") -> Tensor:
     members = list(combinations(range(num_experts), size))
     expert = torch.tensor(members, dtype=torch.long).flatten()
     return torch.stack([expert, torch.arange(len(members)).repeat_interleave(size)])
+
+
+def incidence(members: Sequence[Sequence[int]], num_experts: int) -> Tensor:
+    """Incidence ``[2, nnz]`` (expert, hyperedge) of hyperedges written out, sorted by hyperedge.
+
+    Args:
+        members: The experts of each hyperedge; hyperedges keep their order, members are sorted.
+        num_experts: ``E``.
+
+    Raises:
+        ConfigError: No hyperedge, an empty one, an id outside ``[0, E)``, an expert twice in one
+            hyperedge, or something else than lists of integers.
+    """
+    name, plain = "hyperedges", "a list of lists of expert ids"
+    if not isinstance(members, list | tuple):
+        raise ConfigError("not a list of hyperedges", name, plain, type(members).__name__)
+    if not members:
+        raise ConfigError("no hyperedge", name, "at least one")
+    for h, experts in enumerate(members):
+        if not isinstance(experts, list | tuple) or not all(_is_integer(e) for e in experts):
+            raise ConfigError(f"hyperedge {h} is not a list of expert ids", name, plain, experts)
+        if not experts:
+            raise ConfigError(f"hyperedge {h} is empty", name, "at least one expert")
+        outside = [e for e in experts if not 0 <= e < num_experts]
+        if outside:
+            raise ConfigError(
+                f"hyperedge {h} has an expert id out of range", name, f"ids in [0, {num_experts})", outside[0]
+            )
+        if len(set(experts)) < len(experts):
+            raise ConfigError(f"hyperedge {h} has an expert twice", name, "different experts", experts)
+    expert = torch.tensor([e for experts in members for e in sorted(experts)], dtype=torch.long)
+    size = torch.tensor([len(experts) for experts in members])
+    return torch.stack([expert, torch.arange(len(members)).repeat_interleave(size)])
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def validate(

@@ -56,3 +56,27 @@ def hyper_couple(x: Tensor, theta: Tensor, edges: list[tuple[int, ...]], weight:
         @ x
         @ theta.T
     )
+
+
+def hyper_attention(
+    x: Tensor, theta: Tensor, edges: list[tuple[int, ...]], weight: Tensor, gather: Tensor, spread: Tensor
+) -> Tensor:
+    """Attention on the incidences of one token, one hyperedge and one node at a time."""
+    z = x @ theta.T
+    centre = [torch.stack([z[i] for i in members]).mean(dim=0) for members in edges]
+    heard = []
+    for members, e in zip(edges, centre, strict=True):
+        score = torch.stack([F.leaky_relu(gather[0] @ z[i] + gather[1] @ e, 0.2) for i in members])
+        share = score.exp() / score.exp().sum()
+        heard.append(sum(a * z[i] for a, i in zip(share, members, strict=True)))
+    out = []
+    for i in range(len(x)):
+        around = [h for h, members in enumerate(edges) if i in members]
+        share = {
+            h: weight[h] * F.leaky_relu(spread[0] @ z[i] + spread[1] @ centre[h], 0.2).exp() for h in around
+        }
+        row = torch.zeros_like(z[i])
+        for h in around:
+            row = row + share[h] / sum(share.values()) * heard[h]
+        out.append(row)
+    return torch.stack(out)

@@ -48,6 +48,33 @@ def test_hyperedges_refuse_what_does_not_fit():
         graph.hyperedges(4, "pairs")
 
 
+def test_incidence_keeps_the_order_of_hyperedges():
+    edges = graph.incidence([[2, 0], (3,), [1, 0, 3]], 4)
+    assert edges.tolist() == [[0, 2, 3, 0, 1, 3], [0, 0, 1, 2, 2, 2]]
+    pairs = [[0, 1], [0, 2], [1, 2]]
+    assert torch.equal(graph.incidence(pairs, 3), graph.hyperedges(3))
+
+
+@pytest.mark.parametrize(
+    "members, match",
+    [
+        ([[0, 1], [1, 4]], r"hyperedge 1 has an expert id out of range; expected ids in \[0, 4\); got 4"),
+        ([[-1, 1]], r"hyperedge 0 has an expert id out of range.*got -1"),
+        ([[0, 1], []], r"hyperedge 1 is empty"),
+        ([[0, 1], [2, 3], [3, 1, 3]], r"hyperedge 2 has an expert twice.*got \[3, 1, 3\]"),
+        ([], r"no hyperedge; expected at least one"),
+        ("0,1", r"not a list of hyperedges.*got 'str'"),
+        ([0, 1], r"hyperedge 0 is not a list of expert ids.*got 0"),
+        ([[0, 1], ["0", 1]], r"hyperedge 1 is not a list of expert ids"),
+        ([[0, 1.0]], r"hyperedge 0 is not a list of expert ids"),
+        ([[True, 2]], r"hyperedge 0 is not a list of expert ids"),
+    ],
+)
+def test_incidence_says_which_hyperedge_is_wrong(members, match):
+    with pytest.raises(ConfigError, match="hyperedges: " + match):
+        graph.incidence(members, 4)
+
+
 @pytest.mark.parametrize(
     "edges, match",
     [

@@ -58,6 +58,28 @@ def test_user_graph_equals_dense_and_ignores_edge_order(double):
     assert torch.equal(index, edges) and gates.shape == (30,) and ((gates > 0) & (gates < 1)).all()
 
 
+def test_an_adapter_or_hook_on_a_linear_layer_counts(double):
+    conv = CoupleConv(5, 4)
+    x = torch.randn(2, 4, 5)
+    plain = conv(x)
+    hook = conv.lin_self.register_forward_hook(lambda module, args, out: out + 1)
+    shifted = conv(x)
+    with edge_form(conv):
+        torch.testing.assert_close(shifted, conv(x))
+    assert not torch.allclose(shifted, plain)
+    hook.remove()
+    assert torch.equal(conv(x), plain)
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_compiles_whole(k, double):
+    conv = CoupleConv(5, 5)
+    x, ids = torch.randn(4, k, 5, requires_grad=True), None if k == 5 else random_ids(4, k, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(conv, fullgraph=True, backend="aot_eager")
+    assert_same(conv, [x], lambda: conv(x, expert=ids), lambda: compiled(x, expert=ids))
+
+
 def test_starts_half_open_and_everything_learns():
     conv = CoupleConv(8, 4)
     off_diagonal = conv.connections()[~torch.eye(4, dtype=torch.bool)]

@@ -6,6 +6,9 @@ from torch_geometric.nn.inits import glorot
 from torch_geometric.typing import Adj, OptTensor
 
 from graphmoe.graph import complete, to_edges
+from graphmoe.nn.couple.bare import is_bare
+from graphmoe.ops.fold import look_up
+from graphmoe.ops.gated_update import gated_update, open_gates
 
 
 class CoupleConv(MessagePassing):
@@ -70,7 +73,11 @@ class CoupleConv(MessagePassing):
         return_attention_weights: bool = False,
     ):
         if edge_index is None and self.fuse and not return_attention_weights:
-            return self._update(x, self.gates(x, expert, edge_weight, level) @ x)
+            if not (is_bare(self.lin_neighbor) and is_bare(self.lin_self)):
+                return self._update(x, self.gates(x, expert, edge_weight, level) @ x)
+            strength = self._strength(x, expert, edge_weight, level)
+            weights = self.lin_neighbor.weight, self.lin_self.weight
+            return gated_update(x, strength, self.gate, self.gate_bias, *weights)
         if edge_index is None:
             edge_index = complete(x.size(-2), device=x.device)
             if edge_weight is not None:
@@ -98,13 +105,8 @@ class CoupleConv(MessagePassing):
         level: Tensor | None = None,
     ) -> Tensor:
         """Gates of the complete graph, dense ``[*, nodes, nodes]`` (target, source), diagonal 0."""
-        target, source = (x @ self.gate.t()).split(1, dim=-1)
-        gate = torch.sigmoid(target + source.transpose(-1, -2) + self.gate_bias)
-        ids = self._experts(x, expert).squeeze(-1)
-        gate = gate * self._pair(ids.unsqueeze(-1), ids.unsqueeze(-2), level)
-        if edge_weight is not None:
-            gate = gate * edge_weight
-        return gate * (1 - torch.eye(x.size(-2), dtype=x.dtype, device=x.device))
+        opened = open_gates(x @ self.gate.t(), self.gate_bias)
+        return opened * self._strength(x, expert, edge_weight, level)
 
     def connections(self, level: Tensor | None = None) -> Tensor:
         """Strength ``sigmoid(A)`` (times the levels) of each connection, ``[E, E]`` (target,
@@ -112,6 +114,16 @@ class CoupleConv(MessagePassing):
         ids = torch.arange(self.num_experts, device=self.gate.device)
         strength = self._pair(ids.unsqueeze(1), ids.unsqueeze(0), level)
         return strength * (1 - torch.eye(len(ids), dtype=strength.dtype, device=ids.device))
+
+    def _strength(
+        self, x: Tensor, expert: Tensor | None, edge_weight: Tensor | None, level: Tensor | None
+    ) -> Tensor:
+        """The part of the gates that does not depend on the features, ``[*, nodes, nodes]``, diagonal 0."""
+        ids = self._experts(x, expert).squeeze(-1)
+        strength = self._pair(ids.unsqueeze(-1), ids.unsqueeze(-2), level)
+        if edge_weight is not None:
+            strength = strength * edge_weight
+        return strength * (1 - torch.eye(x.size(-2), dtype=x.dtype, device=x.device))
 
     def _experts(self, x: Tensor, expert: Tensor | None) -> Tensor:
         if expert is None:
@@ -125,11 +137,7 @@ class CoupleConv(MessagePassing):
         table = self.adjacency.sigmoid()
         if level is not None:
             table = table * (level.unsqueeze(1) * level).to(table.dtype)
-        # A row and a column of zeros answer for absent rows. index_select on the flat table: the
-        # backward of table[i, j] is a slow index_put.
-        table = F.pad(table, (0, 1, 0, 1))
-        flat = target * (self.num_experts + 1) + source
-        return table.flatten().index_select(0, flat.flatten()).view(flat.shape)
+        return look_up(table, target, source)
 
     def _update(self, x: Tensor, heard: Tensor) -> Tensor:
         return x + F.gelu(self.lin_neighbor(heard) + self.lin_self(x))

@@ -1,14 +1,29 @@
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.nn import MessagePassing
+from torch_geometric.nn.inits import glorot
 from torch_geometric.typing import Adj, OptTensor
+from torch_geometric.utils import softmax
 
 from graphmoe.errors import ConfigError
-from graphmoe.graph import hyperedges, to_edges
-from graphmoe.ops.fold import apply_operator, fold_incidence
+from graphmoe.graph import to_edges
+from graphmoe.nn.couple.bare import is_bare
+from graphmoe.nn.couple.hypergraph import build_hypergraph, check_strategy
+from graphmoe.ops.fold import (
+    SLOPE,
+    acting,
+    apply_operator,
+    fold_incidence,
+    fold_pairs,
+    log_factor,
+    look_up,
+    pair_table,
+)
+from graphmoe.ops.mix_linear import mix_linear
 
 
 class HyperCoupleConv(MessagePassing):
@@ -20,12 +35,23 @@ class HyperCoupleConv(MessagePassing):
         C_h = \sum_i B_{ih}, \quad D_i = \sum_h w_h B_{ih}, \quad w = \mathrm{softplus}(v)
 
     A hyperedge acts on a token when all its members serve that token, so the same weights serve
-    ``k = E`` and ``k < E``. A node without an acting hyperedge receives 0. Where every node lies in
-    at most one hyperedge (``all``; pairs at ``k = 2``; triplets at ``k = 3``) :math:`D^{-1}` cancels
-    ``w``, and there is no such parameter.
+    ``k = E`` and ``k < E``. A node without an acting hyperedge receives 0. Where no expert lies in two
+    hyperedges that can act together (``all``; pairs at ``k = 2``; triplets at ``k = 3``)
+    :math:`D^{-1}` cancels ``w``, and there is no such parameter.
 
     With ghosts, a softmax over learned logits weighs the groups of hyperedges: of primaries only, of
     ghosts only, and mixed.
+
+    With ``attention``, and :math:`z = X\Theta`, :math:`e_h` the mean of the :math:`z` of the members:
+
+    .. math::
+        x'_i = \sum_{h \ni i} \beta_{ih} \sum_{j \in h} \alpha_{jh} z_j, \qquad
+        \alpha_{\cdot h} = \mathrm{softmax}_j\,\lambda(a_g^\top[z_j \,\|\, e_h]), \qquad
+        \beta_{i \cdot} = \mathrm{softmax}_h\bigl(\lambda(a_s^\top[z_i \,\|\, e_h]) + \log w_h\bigr)
+
+    with :math:`\lambda` a LeakyReLU of slope 0.2. Zero :math:`a_g` and :math:`a_s` give the convolution
+    above. A vector that would cancel does not exist: :math:`a_s` where no expert lies in two hyperedges
+    that can act together, :math:`a_g` where every hyperedge has one member.
 
     Edges: expert -> hyperedge -> expert of one token, two bipartite passes; leading dimensions are
     tokens, which never exchange messages. The fast form folds the passes into one small matrix.
@@ -33,21 +59,25 @@ class HyperCoupleConv(MessagePassing):
     Args:
         in_channels: Channels ``F`` of a row.
         num_experts: ``E``, ghosts included; ``None`` for a hypergraph given in ``forward``.
-        strategy: ``all_pairs``, ``all_triplets`` or ``all``.
+        strategy: ``all_pairs``, ``all_triplets``, ``all`` or ``custom``.
         k: Rows of a token, default ``E``.
         num_ghosts: How many of the last experts are ghosts.
+        hyperedges: The experts of each hyperedge; makes the strategy ``custom``.
+        max_hyperedges: Largest number of hyperedges.
+        attention: Attention on the incidences.
         **kwargs: Arguments of :class:`torch_geometric.nn.MessagePassing`.
 
     Shapes:
         - **input:** ``x [*, nodes, F]``; ``edge_index [2, nnz]`` (node, hyperedge) of the caller's own
           hypergraph, or ``None`` for the strategy's; ``expert [*, nodes]`` expert ids, different within a
           token (``E`` for an absent row; default: node ``i`` is expert ``i``); ``edge_weight [H]``: factor of
-          each hyperedge; ``level [E]``: how far each expert is there, multiplied into the weights
-          of its hyperedges (0 = not at all).
+          each hyperedge, at least 0; ``level [E]``: how far each expert is there, multiplied into the
+          weights of its hyperedges (0 = not at all). In ``all`` it is how far an expert is a member.
         - **output:** ``[*, nodes, F]``.
 
     Raises:
-        ConfigError: A strategy that does not fit ``k`` or ``E``; no hypergraph at all.
+        ConfigError: A strategy that does not fit ``k`` or ``E``; hyperedges that do not fit ``E`` or ``k``,
+            or leave a ghost out; more of them than ``max_hyperedges``; no hypergraph at all.
     """
 
     def __init__(
@@ -58,48 +88,46 @@ class HyperCoupleConv(MessagePassing):
         strategy: str = "all_pairs",
         k: int | None = None,
         num_ghosts: int = 0,
+        hyperedges: Sequence[Sequence[int]] | None = None,
+        max_hyperedges: int = 4096,
+        attention: bool = False,
         **kwargs,
     ):
         super().__init__(aggr="sum", node_dim=-2, **kwargs)
-        self.in_channels, self.num_experts, self.strategy = in_channels, num_experts, strategy
-        self.fuse = True
+        self.in_channels, self.num_experts, self.attention = in_channels, num_experts, attention
+        self.strategy = check_strategy(strategy, hyperedges, num_experts)
+        self.fuse, self.pairs = True, False
         self.lin = nn.Linear(in_channels, in_channels, bias=False)
-        self.register_parameter("weight", None)
-        self.register_parameter("group_logits", None)
+        for name in ("weight", "group_logits", "gather_attention", "spread_attention"):
+            self.register_parameter(name, None)
+        gathers = spreads = attention
         if num_experts is not None:
-            self._build(num_experts, num_experts if k is None else k, num_ghosts)
-        self.reset_parameters()
-
-    def _build(self, num_experts: int, k: int, num_ghosts: int) -> None:
-        # Built on the CPU whatever the default device: a model may be laid out on "meta" first,
-        # and then finds its (persistent) buffers in the checkpoint.
-        with torch.device("cpu"):
-            if self.strategy == "all":
-                # The rows of a token form one hyperedge, whichever experts they are.
-                edges = torch.stack([torch.arange(num_experts), torch.zeros(num_experts, dtype=torch.long)])
-                size = k
-            else:
-                edges = hyperedges(num_experts, self.strategy)
-                size = int((edges[1] == 0).sum())
-            if k < max(size, 2):
-                raise ConfigError(
-                    f"{self.strategy} needs more rows a token", "k", f"at least {max(size, 2)}", k
+            # Built on the CPU whatever the default device: a model may be laid out on "meta" first,
+            # and then finds its (persistent) buffers in the checkpoint.
+            with torch.device("cpu"):
+                graph = build_hypergraph(
+                    num_experts,
+                    self.strategy,
+                    k=num_experts if k is None else k,
+                    num_ghosts=num_ghosts,
+                    members=hyperedges,
+                    max_hyperedges=max_hyperedges,
                 )
-            incidence = torch.zeros(num_experts, int(edges[1].max()) + 1)
-            incidence[edges[0], edges[1]] = 1.0
-            ghosts = incidence[num_experts - num_ghosts :].sum(dim=0)
-            kind = torch.where(ghosts == 0, 0, torch.where(ghosts == size, 1, 2))
-            # Groups without a hyperedge get no logit: it could never have a gradient.
-            groups, group = kind.unique(return_inverse=True)
-        device = torch.get_default_device()
-        self.register_buffer("hyperedge_index", edges.to(device))
-        self.register_buffer("incidence", incidence.to(device))
-        if k == size:
-            return
-        self.weight = nn.Parameter(torch.empty(incidence.size(1)))
-        if len(groups) > 1:
-            self.group_logits = nn.Parameter(torch.empty(len(groups)))
-            self.register_buffer("group", group.to(device))
+            device = torch.get_default_device()
+            self.register_buffer("hyperedge_index", graph.edges.to(device))
+            self.register_buffer("incidence", graph.incidence.to(device))
+            self.pairs = graph.sizes == (2, 2) and self.strategy != "all"
+            if graph.overlap:
+                self.weight = nn.Parameter(torch.empty(graph.incidence.size(1)))
+            if graph.mixed:
+                self.group_logits = nn.Parameter(torch.empty(int(graph.group.max()) + 1))
+                self.register_buffer("group", graph.group.to(device))
+            gathers, spreads = attention and graph.sizes[1] > 1, attention and graph.overlap
+        if gathers:
+            self.gather_attention = nn.Parameter(torch.empty(2, in_channels))
+        if spreads:
+            self.spread_attention = nn.Parameter(torch.empty(2, in_channels))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -108,6 +136,8 @@ class HyperCoupleConv(MessagePassing):
             nn.init.constant_(self.weight, math.log(math.e - 1))  # softplus gives 1
         if self.group_logits is not None:
             nn.init.zeros_(self.group_logits)
+        glorot(self.gather_attention)
+        glorot(self.spread_attention)
 
     def hyperedge_weight(self) -> Tensor:
         """Positive weights of the strategy's hyperedges, ``[H]``."""
@@ -119,7 +149,8 @@ class HyperCoupleConv(MessagePassing):
         return weight
 
     def connections(self, level: Tensor | None = None) -> Tensor:
-        """The folded matrix over all experts, ``[E, E]`` (target, source)."""
+        """The folded matrix over all experts, ``[E, E]`` (target, source). Attention, which depends on
+        the token, is left out: this is the part that the hyperedge weights alone decide."""
         return fold_incidence(*self._structure(level, None))
 
     def forward(
@@ -140,9 +171,11 @@ class HyperCoupleConv(MessagePassing):
         incidence, weight = self._structure(level, edge_weight)
         if not self.fuse:
             return self._pass_messages(self.lin(x), expert, incidence.amax(dim=1), weight)
-        if expert is not None:
-            incidence, weight = self._acting(incidence, expert, weight)
-        return self.lin(apply_operator(fold_incidence(incidence, weight).to(x.dtype), x))
+        if not self.attention and is_bare(self.lin):
+            return mix_linear(x, self._operator(incidence, weight, expert).to(x.dtype), self.lin.weight)
+        z = self.lin(x)
+        operator = self._operator(incidence, weight, expert, *self._scores(z))
+        return apply_operator(operator.to(x.dtype), z)
 
     def _structure(self, level: Tensor | None, edge_weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Incidence ``[E, H]`` and weights ``[H]`` with the levels of the experts in them."""
@@ -158,14 +191,34 @@ class HyperCoupleConv(MessagePassing):
             weight = weight * joint
         return incidence.to(weight.dtype), weight
 
-    def _acting(self, incidence: Tensor, expert: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Incidence ``[*, nodes, H]`` and weights ``[*, H]`` of the hyperedges acting on each token."""
-        absent = incidence.new_zeros(1, incidence.size(1))
-        member = torch.cat([incidence, absent]).index_select(0, expert.flatten())
-        member = member.view(*expert.shape, incidence.size(1))  # [*, nodes, H]
-        if self.strategy == "all":
-            return member, weight.expand(*expert.shape[:-1], -1)
-        return member, weight * (member.sum(dim=-2) == incidence.sum(dim=0))
+    def _scores(self, z: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What each row adds to the scores of the two passes, as itself and within ``e_h``."""
+        vectors = [v for v in (self.gather_attention, self.spread_attention) if v is not None]
+        if not vectors:
+            return None, None
+        # One product for both: it reads every row once.
+        first, *rest = (z @ torch.cat(vectors).t()).split(2, dim=-1)  # [*, nodes, 2]
+        if rest:
+            return first, rest[0]
+        return (first, None) if self.spread_attention is None else (None, first)
+
+    def _operator(
+        self,
+        incidence: Tensor,
+        weight: Tensor,
+        expert: Tensor | None,
+        gather: Tensor | None = None,
+        spread: Tensor | None = None,
+    ) -> Tensor:
+        """Both passes as one matrix ``[nodes, nodes]``, or one per token ``[*, nodes, nodes]``."""
+        if self.pairs:
+            table = pair_table(incidence, weight)
+            if expert is not None:
+                table = look_up(table, expert.unsqueeze(-1), expert.unsqueeze(-2))
+            return fold_pairs(table, gather, spread)
+        if expert is not None:
+            incidence, weight = acting(incidence, weight, expert, complete=self.strategy != "all")
+        return fold_incidence(incidence, weight, gather, spread)
 
     def _pass_messages(self, x: Tensor, expert: Tensor | None, member: Tensor, weight: Tensor) -> Tensor:
         """Edge form on the strategy's hyperedges; rows with ids visit the nodes of their experts.
@@ -181,7 +234,7 @@ class HyperCoupleConv(MessagePassing):
         nodes = nodes.scatter(-2, place.expand_as(x), x)[..., :-1, :]
         if self.strategy != "all":
             size = tuple(self.incidence.shape)
-            count = self.propagate(self.hyperedge_index, x=(present, None), scale=None, size=size)
+            count = self.propagate(self.hyperedge_index, x=(present, None), scale=None, share=None, size=size)
             weight = weight * (count.squeeze(-1) == self.incidence.sum(dim=0))
         out = self._spread(nodes, self.hyperedge_index, weight, present)
         out = torch.cat([out, torch.zeros_like(out[..., :1, :])], dim=-2)
@@ -190,19 +243,42 @@ class HyperCoupleConv(MessagePassing):
     def _spread(self, x: Tensor, edges: Tensor, weight: Tensor, present: Tensor) -> Tensor:
         """Expert -> hyperedge -> expert; ``present [*, nodes, 1]`` is how far a node is a member."""
         weight = weight.to(x.dtype).unsqueeze(-1)  # [*, H, 1]
+        back_edges = edges.flip(0)
         there, back = (x.size(-2), weight.size(-2)), (weight.size(-2), x.size(-2))
-        members = self.propagate(edges, x=(present, None), scale=None, size=there)
-        total = self.propagate(edges, x=(x, None), scale=(present, None), size=there)
-        mean = total / torch.where(members == 0, torch.ones_like(members), members)
-        degree = self.propagate(edges.flip(0), x=(weight, None), scale=None, size=back)
-        out = self.propagate(edges.flip(0), x=(mean, None), scale=(weight, None), size=back)
+        members = self.propagate(edges, x=(present, None), scale=None, share=None, size=there)
+        total = self.propagate(edges, x=(x, None), scale=(present, None), share=None, size=there)
+        centre = mean = total / torch.where(members == 0, torch.ones_like(members), members)
+        if self.gather_attention is not None:
+            own, part = self.gather_attention.unsqueeze(-1)  # [F, 1]
+            share = self.edge_updater(
+                edges, score=(x @ own, centre @ part), factor=(present, None), size=there
+            )
+            mean = self.propagate(edges, x=(x, None), scale=None, share=share, size=there)
+        if self.spread_attention is not None:
+            own, part = self.spread_attention.unsqueeze(-1)
+            share = self.edge_updater(
+                back_edges, score=(centre @ part, x @ own), factor=(weight, None), size=back
+            )
+            out = self.propagate(back_edges, x=(mean, None), scale=None, share=share, size=back)
+            return out * (present > 0)
+        degree = self.propagate(back_edges, x=(weight, None), scale=None, share=None, size=back)
+        out = self.propagate(back_edges, x=(mean, None), scale=(weight, None), share=None, size=back)
         return out / torch.where(degree == 0, torch.ones_like(degree), degree) * (present > 0)
 
-    def message(self, x_j: Tensor, scale_j: OptTensor) -> Tensor:
+    def edge_update(
+        self, score_i: Tensor, score_j: Tensor, factor_j: Tensor, index: Tensor, size_i: int
+    ) -> Tensor:
+        score = log_factor(F.leaky_relu(score_i + score_j, SLOPE), factor_j)  # [*, nnz, 1]
+        return softmax(score, index, num_nodes=size_i, dim=-2) * (factor_j > 0)
+
+    def message(self, x_j: Tensor, scale_j: OptTensor, share: OptTensor) -> Tensor:
+        if share is not None:
+            return share * x_j
         return x_j if scale_j is None else scale_j * x_j
 
     def __repr__(self) -> str:
+        attention = ", attention=True" if self.attention else ""
         return (
             f"{type(self).__name__}({self.in_channels}, num_experts={self.num_experts}, "
-            f"strategy={self.strategy!r})"
+            f"strategy={self.strategy!r}{attention})"
         )
