@@ -5,27 +5,32 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Bytes of the rows of a block, per thread: about the second-level cache of one core.
+# Bytes of the rows of a block: about the second-level cache of a core.
 BLOCK = 1 << 20
 
 
 def suits_blocks(*tensors: Tensor) -> bool:
-    """Whether working block by block pays. A compiler fuses by itself, autocast chooses precisions by
-    itself, and a GPU wants large products."""
+    """Whether working block by block pays: on one CPU thread.
+
+    A compiler fuses by itself, autocast chooses precisions by itself, and a GPU wants large products. So do
+    several threads: they meet after every product, and where one of them shares its core with another
+    process, many small meetings cost several times what the cache saves.
+    """
     first = tensors[0]
     return (
-        first.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and first.device.type == "cpu"
         and first.dtype in (torch.float32, torch.float64)
         and all(t.dtype == first.dtype for t in tensors)
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
+        and torch.get_num_threads() == 1
     )
 
 
 def tokens_per_block(x: Tensor) -> int:
     """Tokens of ``x [N, nodes, F]`` in one block, at least 1."""
     token = max(x.size(1) * x.size(2) * x.element_size(), 1)
-    return max(1, min(x.size(0), BLOCK * torch.get_num_threads() // token))
+    return max(1, min(x.size(0), BLOCK // token))
 
 
 def blocks(x: Tensor) -> Iterator[slice]:

@@ -136,9 +136,7 @@ def _largest(scores: Tensor, k: int) -> Tensor:
     return torch.cat(chosen, dim=1)
 
 
-def _with_absent(
-    expert: Tensor, value: Tensor, logits: Tensor, mask: Tensor | None, scale: float
-) -> Routing:
+def _with_absent(expert: Tensor, value: Tensor, logits: Tensor, mask: Tensor | None, scale: float) -> Routing:
     """Turn edges of unreachable experts and masked tokens into sentinels."""
     present = value > NEVER / 2
     if mask is not None:
