@@ -54,7 +54,8 @@ class HyperCoupleConv(MessagePassing):
     that can act together, :math:`a_g` where every hyperedge has one member.
 
     Edges: expert -> hyperedge -> expert of one token, two bipartite passes; leading dimensions are
-    tokens, which never exchange messages. The fast form folds the passes into one small matrix.
+    tokens, which never exchange messages. The fast form folds the passes into one small matrix;
+    on one CPU thread and without attention it is differentiable once.
 
     Args:
         in_channels: Channels ``F`` of a row.
