@@ -18,7 +18,7 @@ from graphmoe.nn import CoupleConv, HyperCoupleConv, edge_form
 
 HYPER, ATTENTION, COUPLE = "HyperCoupleConv", "HyperCoupleConv, attention", "CoupleConv"
 LINEAR, LINEARS = "nn.Linear", "two nn.Linear"
-GCN, HYPERGRAPH = "PyG GCNConv, cached", "PyG HypergraphConv"
+GCN, CACHED, HYPERGRAPH = "PyG GCNConv", "PyG GCNConv, cached", "PyG HypergraphConv"
 GAT, TRANSFORMER = "PyG GATConv", "PyG TransformerConv"
 
 # First over second, and what is aimed at.
@@ -113,7 +113,8 @@ def build(shape: Shape) -> tuple[dict[str, nn.Module], dict[str, str]]:
     forms |= {name: Coupler(conv, expert) for name, conv in ours.items()}
     forms |= {f"{name}, edge form": Coupler(conv, expert, edges=True) for name, conv in ours.items()}
     forms |= {
-        GCN: OneGraph(GCNConv(d, d, bias=False, cached=True), edges),
+        GCN: OneGraph(GCNConv(d, d, bias=False), edges),
+        CACHED: OneGraph(GCNConv(d, d, bias=False, cached=True), edges),
         HYPERGRAPH: OneGraph(hypergraph, pairs),
         GAT: OneGraph(GATConv(d, d, bias=False), edges),
         TRANSFORMER: OneGraph(TransformerConv(d, d, bias=False), edges),

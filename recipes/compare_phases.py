@@ -51,7 +51,7 @@ class CompareConfig(LanguageModelConfig):
         default_factory=lambda: list(MODES), metadata={"help": f"some of {', '.join(MODES)}"}
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3, 2e-3, 4e-3], metadata={"help": "learning rates to choose from"}
+        default_factory=lambda: [2e-3, 4e-3, 8e-3], metadata={"help": "learning rates to choose from"}
     )
 
     def __post_init__(self):
