@@ -34,7 +34,7 @@ class LanguageModelConfig(RunConfig):
 
     max_steps: int = flag(560, "optimiser steps to train for")
     batch_size: int = flag(8, "sequences in a batch")
-    learning_rate: float = flag(2e-3, "peak learning rate")
+    learning_rate: float = flag(4e-3, "peak learning rate")
     embed_dim: int = flag(128, "channels of a token")
     num_layers: int = flag(4, "blocks")
     num_heads: int = flag(4, "attention heads")
