@@ -5,17 +5,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Bytes of the rows of a block: about the second-level cache of a core.
+# Bytes of the rows of a block on one thread: about the second-level cache of a core.
 BLOCK = 1 << 20
+# And for each of several threads. They meet after every product, and where one of them shares its core with
+# another process many small meetings cost more than the cache saves, so their blocks are larger.
+SHARED_BLOCK = 1 << 21
 
 
 def suits_blocks(*tensors: Tensor) -> bool:
-    """Whether working block by block pays: on one CPU thread.
-
-    A compiler fuses by itself, autocast chooses precisions by itself, and a GPU wants large products. So do
-    several threads: they meet after every product, and where one of them shares its core with another
-    process, many small meetings cost several times what the cache saves.
-    """
+    """Whether working block by block pays: on a CPU. A compiler fuses by itself, autocast chooses
+    precisions by itself, and a GPU wants large products."""
     first = tensors[0]
     return (
         not torch.compiler.is_compiling()
@@ -23,14 +22,15 @@ def suits_blocks(*tensors: Tensor) -> bool:
         and first.dtype in (torch.float32, torch.float64)
         and all(t.dtype == first.dtype for t in tensors)
         and not torch.is_autocast_enabled("cpu")
-        and torch.get_num_threads() == 1
     )
 
 
 def tokens_per_block(x: Tensor) -> int:
     """Tokens of ``x [N, nodes, F]`` in one block, at least 1."""
     token = max(x.size(1) * x.size(2) * x.element_size(), 1)
-    return max(1, min(x.size(0), BLOCK // token))
+    threads = torch.get_num_threads()
+    block = BLOCK if threads == 1 else SHARED_BLOCK * threads
+    return max(1, min(x.size(0), block // token))
 
 
 def blocks(x: Tensor) -> Iterator[slice]:

@@ -18,7 +18,7 @@ def gated_update(
         y_i = x_i + \mathrm{GELU}\Bigl(
             W_n \sum_j s_{ij}\,\sigma(w^\top[x_i \,\|\, x_j] + b)\,x_j + W_s x_i\Bigr)
 
-    On one CPU thread in full precision it is differentiable once and keeps one tensor of the size of ``x``.
+    On a CPU in full precision it is differentiable once and keeps one tensor of the size of ``x``.
 
     Args:
         x: Rows ``[*, nodes, F]``.

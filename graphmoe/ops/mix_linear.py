@@ -13,7 +13,7 @@ from graphmoe.ops.memory import empty
 def mix_linear(x: Tensor, operator: Tensor, weight: Tensor) -> Tensor:
     r"""Transform the rows of every token and mix them: :math:`Y = M X \Theta`.
 
-    On one CPU thread in full precision it is differentiable once and keeps nothing but its inputs.
+    On a CPU in full precision it is differentiable once and keeps nothing but its inputs.
 
     Args:
         x: Rows ``X [*, nodes, F]``.

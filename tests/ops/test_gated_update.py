@@ -67,15 +67,6 @@ def test_keeps_one_tensor_of_the_size_of_x():
     assert extra == [50 * 3 * 2, 50 * 3 * 4]  # the scores, and what the GELU is applied to
 
 
-def test_several_threads_take_the_plain_path(monkeypatch, double):
-    inputs = [t.requires_grad_() for t in random_inputs((7, 3))]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    plain = gated_update(*inputs)
-    assert type(plain.grad_fn).__name__ == "AddBackward0"
-    monkeypatch.undo()
-    torch.testing.assert_close(gated_update(*inputs), plain, rtol=1e-12, atol=1e-12)
-
-
 def test_half_precision_and_autocast_take_the_plain_path():
     inputs = random_inputs((5, 3))
     expected = gated_update(*inputs)

@@ -31,17 +31,6 @@ def test_equals_the_formula(shape, shared, double):
     assert fast().shape == (*shape, 6)
 
 
-def test_several_threads_take_the_plain_path(monkeypatch, double):
-    module = nn.Linear(4, 4, bias=False)
-    x, operator = (torch.randn(5, 3, n, requires_grad=True) for n in (4, 3))
-    out = mix_linear(x, operator, module.weight)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    plain = mix_linear(x, operator, module.weight)
-    assert "MixLinear" in type(out.grad_fn.next_functions[0][0]).__name__
-    assert "MixLinear" not in type(plain.grad_fn.next_functions[0][0]).__name__
-    torch.testing.assert_close(out, plain, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.usefixtures("_small_blocks")
 @pytest.mark.parametrize("trained", [0, 1, 2])
 def test_gradient_of_one_input_alone(trained, double):

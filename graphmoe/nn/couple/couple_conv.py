@@ -23,7 +23,7 @@ class CoupleConv(MessagePassing):
 
     Edges: expert -> expert of one token. Leading dimensions are tokens that share the edges and
     never exchange messages. Without ``edge_index`` the graph is complete and the messages of a token are
-    one small batched matrix product; on one CPU thread this form is differentiable once.
+    one small batched matrix product; on a CPU this form is differentiable once.
 
     Args:
         in_channels: Channels ``F`` of a row.

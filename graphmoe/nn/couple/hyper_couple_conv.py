@@ -55,7 +55,7 @@ class HyperCoupleConv(MessagePassing):
 
     Edges: expert -> hyperedge -> expert of one token, two bipartite passes; leading dimensions are
     tokens, which never exchange messages. The fast form folds the passes into one small matrix;
-    on one CPU thread and without attention it is differentiable once.
+    on a CPU and without attention it is differentiable once.
 
     Args:
         in_channels: Channels ``F`` of a row.
