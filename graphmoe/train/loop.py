@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from graphmoe import checkpoint
-from graphmoe.errors import ConfigError, GraphMoEError
-from graphmoe.train.config import RunConfig, Stopped, resolve_device
+from graphmoe.errors import GraphMoEError
+from graphmoe.train.config import RunConfig, Stopped
 from graphmoe.train.optim import adamw
+from graphmoe.train.ranks import any_rank, make_accelerator, mean_of_ranks
 from graphmoe.train.schedule import lr_schedule
 
 Batch = dict[str, object]
@@ -123,7 +124,7 @@ def fit(
     """
     from accelerate.utils import send_to_device
 
-    accelerator = _accelerator(config)
+    accelerator = make_accelerator(config)
     rank, world = accelerator.process_index, accelerator.num_processes
     share = slice(rank * config.batch_size // world, (rank + 1) * config.batch_size // world)
     if config.num_threads:
@@ -163,7 +164,7 @@ def fit(
                     accelerator.backward(outputs.loss / micros)
                     for name, value in _figures(outputs).items():
                         sums[name] = sums.get(name, 0.0) + value.detach() / micros
-                sums = _mean_of_ranks(state, sums)
+                sums = mean_of_ranks(accelerator, sums)
                 grads = [p.grad for p in model.parameters() if p.grad is not None]
                 grad_norm = nn.utils.get_total_norm(grads)
                 # Before clipping, which would spread one bad number over every gradient.
@@ -172,7 +173,7 @@ def fit(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 state.step += 1
-                state.stop = _any_rank(state)
+                state.stop = any_rank(accelerator, state.asked)
                 state.tokens += tokens * world
                 state.seconds += time.perf_counter() - began
                 figures = {name: float(value) for name, value in sums.items()}
@@ -208,38 +209,6 @@ def stop_signals(state: TrainState):
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def _accelerator(config: RunConfig) -> object:
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    # All ranks move their buffers alike; sending around those of rank 0 would hide that one does not.
-    options = DistributedDataParallelKwargs(broadcast_buffers=False)
-    # Without cpu=True a CPU run under torchrun would be independent copies.
-    accelerator = Accelerator(cpu=resolve_device(config.device) == "cpu", kwargs_handlers=[options])
-    world = accelerator.num_processes
-    if config.batch_size % world:
-        # The mean over ranks of means over unequal shares would not be the mean over the batch.
-        what = f"batch does not divide among {world} processes"
-        raise ConfigError(what, "--batch_size", f"a multiple of {world}", config.batch_size)
-    return accelerator
-
-
-def _mean_of_ranks(state: TrainState, figures: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Figures of the global batch, so that all ranks refuse a loss or none does."""
-    if state.accelerator.num_processes == 1:
-        return figures
-    values = torch.stack([value.double() for value in figures.values()])
-    return dict(zip(figures, state.accelerator.reduce(values, "mean"), strict=True))
-
-
-def _any_rank(state: TrainState) -> int:
-    """The signal that arrived on any rank, or 0; equal on all ranks."""
-    if state.accelerator.num_processes == 1:
-        return state.asked
-    asked = torch.tensor([state.asked], device=state.accelerator.device)
-    return int(state.accelerator.gather(asked).max())
 
 
 def _figures(outputs: object) -> dict[str, Tensor]:
