@@ -5,11 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Bytes of the rows of a block on one thread: about the second-level cache of a core.
+# Bytes of the rows of a block, per thread: about the second-level cache of a core.
 BLOCK = 1 << 20
-# And for each of several threads. They meet after every product, and where one of them shares its core with
-# another process many small meetings cost more than the cache saves, so their blocks are larger.
-SHARED_BLOCK = 1 << 21
 
 
 def suits_blocks(*tensors: Tensor) -> bool:
@@ -28,9 +25,7 @@ def suits_blocks(*tensors: Tensor) -> bool:
 def tokens_per_block(x: Tensor) -> int:
     """Tokens of ``x [N, nodes, F]`` in one block, at least 1."""
     token = max(x.size(1) * x.size(2) * x.element_size(), 1)
-    threads = torch.get_num_threads()
-    block = BLOCK if threads == 1 else SHARED_BLOCK * threads
-    return max(1, min(x.size(0), block // token))
+    return max(1, min(x.size(0), BLOCK * torch.get_num_threads() // token))
 
 
 def blocks(x: Tensor) -> Iterator[slice]:

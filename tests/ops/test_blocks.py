@@ -1,15 +1,14 @@
 import pytest
 import torch
 
-from graphmoe.ops.blocks import BLOCK, SHARED_BLOCK, blocks, tokens_per_block
+from graphmoe.ops.blocks import BLOCK, blocks, tokens_per_block
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
 def test_blocks_cover_every_token_once_and_fit(threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x = torch.empty(5000, 3, 256)
-    size = BLOCK if threads == 1 else threads * SHARED_BLOCK
-    assert tokens_per_block(x) == min(size // (3 * 256 * 4), 5000)
+    assert tokens_per_block(x) == min(threads * BLOCK // (3 * 256 * 4), 5000)
     parts = list(blocks(x))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(5000))
     assert all(part.stop - part.start <= tokens_per_block(x) for part in parts)
