@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_model import tiny_model
 
 from graphmoe import checkpoint
 from graphmoe.errors import ConfigError
-from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM
 from graphmoe.train import callbacks as on
 from graphmoe.train.config import RunConfig, Stopped
 from graphmoe.train.evaluate import mean_loss
@@ -24,29 +24,20 @@ from graphmoe.train.logs import MetricsLog
 from graphmoe.train.loop import Callback, Every, NonFiniteError, fit, reseed
 from graphmoe.train.optim import ghost_learning_rate
 
+TESTS = str(Path(__file__).parents[1])
 POLICIES = ("level", "inverse", "complementary")
 
 
 def model(**options):
     reseed(0, 0)
-    return GraphMoEForCausalLM(
-        GraphMoEConfig(
-            **{
-                "vocab_size": 31,
-                "hidden_size": 16,
-                "intermediate_size": 8,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_experts": 4,
-                "num_experts_per_tok": 3,
-                "coupling": "hyper",
-                "num_ghosts": 2,
-                "ghost_window": 3,
-                "ghost_rate": 0.25,
-                **options,
-            }
-        )
-    )
+    defaults = {
+        "num_experts_per_tok": 3,
+        "coupling": "hyper",
+        "num_ghosts": 2,
+        "ghost_window": 3,
+        "ghost_rate": 0.25,
+    }
+    return tiny_model(**{**defaults, **options})
 
 
 def batches(index, size, slots):
@@ -299,7 +290,7 @@ def two_ranks(tmp_path_factory):
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(out)],
-            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": TESTS},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in ("0", "1")

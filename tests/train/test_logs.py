@@ -4,29 +4,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from tiny_model import tiny_model
 
 from graphmoe import metrics
 from graphmoe.errors import ConfigError
-from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM
 from graphmoe.train.logs import RecordLog
 
 
 def build(**options):
-    return GraphMoEForCausalLM(
-        GraphMoEConfig(
-            **{
-                "vocab_size": 31,
-                "hidden_size": 16,
-                "intermediate_size": 8,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_experts": 4,
-                "num_experts_per_tok": 2,
-                "coupling": "hyper",
-                **options,
-            }
-        )
-    )
+    defaults = {
+        "num_experts_per_tok": 2,
+        "coupling": "hyper",
+    }
+    return tiny_model(**{**defaults, **options})
 
 
 def state(run_dir, step=0, *, main=True):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from tiny_model import tiny_model
 
 from graphmoe import checkpoint
-from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM
 from graphmoe.train import callbacks as on
 from graphmoe.train.config import RunConfig, Stopped
 from graphmoe.train.evaluate import mean_loss
@@ -20,27 +20,17 @@ from graphmoe.train.orthogonality import OrthogonalityWarmup
 
 def model(**options):
     reseed(0, 0)
-    return GraphMoEForCausalLM(
-        GraphMoEConfig(
-            **{
-                "vocab_size": 31,
-                "hidden_size": 16,
-                "intermediate_size": 8,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_experts": 4,
-                "num_experts_per_tok": 3,
-                "coupling": "hyper",
-                "num_ghosts": 2,
-                "ghost_window": 3,
-                "ghost_rate": 0.25,
-                "dropout": 0.1,
-                "orthogonality_output_coef": 0.1,
-                "orthogonality_weight_coef": 0.05,
-                **options,
-            }
-        )
-    )
+    defaults = {
+        "num_experts_per_tok": 3,
+        "coupling": "hyper",
+        "num_ghosts": 2,
+        "ghost_window": 3,
+        "ghost_rate": 0.25,
+        "dropout": 0.1,
+        "orthogonality_output_coef": 0.1,
+        "orthogonality_weight_coef": 0.05,
+    }
+    return tiny_model(**{**defaults, **options})
 
 
 def batches(index, size, slots):

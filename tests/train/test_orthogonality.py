@@ -4,13 +4,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_model import tiny_model
 from transformers import AutoModelForCausalLM
 
 from graphmoe import checkpoint
 from graphmoe.errors import ConfigError
 from graphmoe.loss import orthogonality
 from graphmoe.metrics import random_specialisation, specialisation
-from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM
 from graphmoe.train import callbacks as on
 from graphmoe.train.config import RunConfig
 from graphmoe.train.logs import RecordLog
@@ -25,23 +25,13 @@ from graphmoe.train.orthogonality import (
 
 def build(**options):
     reseed(0, 0)
-    return GraphMoEForCausalLM(
-        GraphMoEConfig(
-            **{
-                "vocab_size": 31,
-                "hidden_size": 16,
-                "intermediate_size": 8,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_experts": 4,
-                "num_experts_per_tok": 2,
-                "orthogonality_output_coef": 0.1,
-                "orthogonality_adaptive": True,
-                "orthogonality_interval": 4,
-                **options,
-            }
-        )
-    )
+    defaults = {
+        "num_experts_per_tok": 2,
+        "orthogonality_output_coef": 0.1,
+        "orthogonality_adaptive": True,
+        "orthogonality_interval": 4,
+    }
+    return tiny_model(**{**defaults, **options})
 
 
 def batches(index, size, slots):
