@@ -9,13 +9,18 @@ from graphmoe._version import __version__
 _HOMES = {
     "graphmoe.nn": (
         "AttendConv",
+        "CollabConv",
+        "ContextualRouter",
         "CoupleConv",
         "DenseRouter",
         "ExpertConv",
+        "GatedFusion",
         "GhostGate",
         "HyperCoupleConv",
+        "IterativeExpert",
         "MoELayer",
         "ProjectedFusion",
+        "RowAttention",
         "SumFusion",
         "TopKRouter",
         "edge_form",

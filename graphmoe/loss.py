@@ -4,9 +4,9 @@ None of them is scaled; the caller multiplies by its own coefficient.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
-from graphmoe.typing import NEVER, Routing
+from graphmoe.typing import NEVER, Record, Routing
 
 
 def load(routing: Routing) -> Tensor:
@@ -15,20 +15,76 @@ def load(routing: Routing) -> Tensor:
     return counts / counts.sum().clamp(min=1)
 
 
-def balance(routing: Routing, mask: Tensor | None = None) -> Tensor:
+def wanted(record: Record) -> Tensor:
+    """Edges that the router gave each expert, ``[E]`` int64: those served and those a capacity limit
+    dropped."""
+    counts = record.routing.ptr.diff()
+    return counts if record.overflow is None else counts + record.overflow.sum(dim=0)
+
+
+def over_ranks(counts: Tensor) -> Tensor:
+    """Sum of ``counts`` over the processes that train together; themselves in a single process.
+
+    A collective: every process has to call it. No gradient passes.
+    """
+    counts = counts.detach()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return counts
+    total = counts.clone()
+    distributed.all_reduce(total)
+    return total
+
+
+def balance(routing: Routing, mask: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
     r"""Load-balancing loss :math:`E \sum_e f_e p_e` of the `Switch Transformer
     <https://arxiv.org/abs/2101.03961>`_; 1 when the load is uniform.
 
     ``f`` is the fraction of edges of an expert (no gradient), ``p`` its mean router probability;
     ``E`` counts the experts that can be chosen, so dormant ghosts do not move the minimum.
 
+    In processes that train together, ``f`` has to be that of all of them, and ``p`` may stay each one's own:
+    the mean of their gradients is then the gradient of the loss of all tokens, if each has as many. The mean
+    of losses with an ``f`` of each one's own is another loss.
+
     Args:
         routing: Routing edges; masked tokens have none.
         mask: Tokens that count, ``[N]`` bool.
+        counts: Edges of each expert that ``f`` is made of, ``[E]``, such as ``over_ranks(wanted(record))``.
+            Default: those of ``routing``.
     """
     probability = _token_mean(routing.logits.softmax(dim=-1), mask)  # [E]
     reachable = (routing.logits.detach() > NEVER / 2).any(dim=0).sum()
-    return reachable * (load(routing).detach() * probability).sum()
+    counts = (routing.ptr.diff() if counts is None else counts).to(probability.dtype)
+    return reachable * (counts.detach() / counts.sum().clamp(min=1) * probability).sum()
+
+
+def drop_penalty(routing: Routing, overflow: Tensor) -> Tensor:
+    r"""Probability that the router gave to edges which a capacity limit dropped, a mean over all edges that
+    it
+    wanted: :math:`\frac{1}{R}\sum_{(n, e)\ \mathrm{dropped}} \mathrm{softmax}(z_n)_e`.
+
+    Unlike the number of dropped edges it has a gradient: it teaches the router to prefer others there.
+
+    Args:
+        routing: The edges that were kept.
+        overflow: The dropped ones, ``[N, E]`` bool.
+    """
+    total = routing.ptr[-1] + overflow.sum()
+    mass = (routing.logits.softmax(dim=-1) * overflow).sum()
+    return mass / total.clamp(min=1)
+
+
+def diversity(attention: Tensor) -> Tensor:
+    """Negative entropy of the attention of collaborating rows in nats, a mean over listeners: between
+    ``-log(nodes)``, everybody is heard alike, and 0, each hears one only.
+
+    Args:
+        attention: ``[*, nodes, nodes]`` (target, source); rows of absent listeners are 0 and do not count.
+    """
+    # log of a clamped value: the gradient of p log p at 0 is NaN, of entr it is infinite.
+    entropy = -(attention * attention.clamp(min=torch.finfo(attention.dtype).tiny).log()).sum(dim=-1)
+    listens = attention.detach().sum(dim=-1) > 0
+    return -(entropy * listens).sum() / listens.sum().clamp(min=1)
 
 
 def router_z(routing: Routing, mask: Tensor | None = None) -> Tensor:

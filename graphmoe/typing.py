@@ -85,12 +85,16 @@ class Record(NamedTuple):
         routing: The routing edges.
         expert_mean: Mean output of each expert over its rows, ``[E, D]`` (0 without rows), or
             ``None`` where the layer never holds the rows of an expert.
-        attention: Attention of collaborating rows, or ``None``.
+        attention: Attention of collaborating rows, ``[rounds, N, heads, nodes, nodes]`` (target, source),
+            or ``None`` unless the layer is asked to keep it. The nodes are the ``k`` rows of a token in
+            slot order, then the mediator, if there is one.
         dropped: Number of edges dropped by a capacity limit, int64 scalar.
         unexplained: Variance of ``x - mean_e o_e`` over tokens, averaged over channels, scalar,
             or ``None``.
         residual_mean: Mean of ``x - mean_e o_e`` over tokens, ``[D]``, or ``None``: what it takes to put
             the variances of several batches together.
+        overflow: The edges dropped by a capacity limit, ``[N, E]`` bool, or ``None`` without a limit.
+        gate: Share of the mediator in what returns to each token, ``[N]``, or ``None`` without one.
     """
 
     routing: Routing
@@ -99,3 +103,5 @@ class Record(NamedTuple):
     dropped: Tensor
     unexplained: Tensor | None
     residual_mean: Tensor | None = None
+    overflow: Tensor | None = None
+    gate: Tensor | None = None

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -63,3 +65,41 @@ def test_losses_have_right_gradients(double):
 
     assert torch.autograd.gradcheck(total, logits)
     assert torch.autograd.gradcheck(loss.orthogonality, torch.randn(3, 4, requires_grad=True))
+
+
+def test_counts_of_other_processes_enter_the_balance(double):
+    """The mean of two halves' gradients, each with the counts of both, is the gradient of the whole."""
+    logits = torch.randn(6, 4, requires_grad=True)
+    expert = [[0, 1], [0, 1], [0, 2], [3, 1], [2, 3], [0, 3]]
+    (whole,) = torch.autograd.grad(loss.balance(routing(expert, logits)), logits)
+    halves = [routing(expert[i : i + 3], logits[i : i + 3]) for i in (0, 3)]
+    counts = sum(half.ptr.diff() for half in halves)
+    shared = sum(loss.balance(half, counts=counts) for half in halves) / 2
+    torch.testing.assert_close(torch.autograd.grad(shared, logits)[0], whole)
+    alone = sum(loss.balance(routing(expert[i : i + 3], logits[i : i + 3])) for i in (0, 3)) / 2
+    assert (torch.autograd.grad(alone, logits)[0] - whole).abs().max() > 1e-3
+    assert torch.equal(loss.over_ranks(counts), counts)  # nobody else is there
+
+
+def test_diversity_is_the_negative_entropy_of_those_who_listen(double):
+    even, sharp = torch.full((2, 1, 3, 3), 1 / 3), torch.eye(3).expand(2, 1, 3, 3)
+    torch.testing.assert_close(loss.diversity(even), torch.tensor(-math.log(3)))
+    assert loss.diversity(sharp).item() == pytest.approx(0, abs=1e-12)
+    absent = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(loss.diversity(absent), torch.tensor(-math.log(2)))
+    assert loss.diversity(torch.zeros(2, 3, 3)) == 0
+
+
+def test_gradient_of_diversity_is_finite_where_nobody_is_heard(double):
+    scores = torch.randn(4, 3, 3, requires_grad=True)
+    mask = torch.tensor([1.0, 1.0, 0.0])
+
+    def attention(z):
+        share = z.exp() * mask
+        return share / share.sum(dim=-1, keepdim=True)
+
+    loss.diversity(attention(scores)).backward()
+    assert scores.grad.isfinite().all() and scores.grad.abs().max() > 0
+    assert torch.autograd.gradcheck(
+        lambda z: loss.diversity(z.softmax(dim=-1)), scores.detach().requires_grad_()
+    )

@@ -8,19 +8,13 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils.deprecation import deprecate_kwarg
 
 from graphmoe import loss as losses
+from graphmoe.errors import ConfigError
+from graphmoe.models.blocks import build_block, build_orthogonality
 from graphmoe.models.configuration import GraphMoEConfig
 from graphmoe.models.cost import active_parameters
 from graphmoe.models.outputs import GraphMoECausalLMOutput, GraphMoEModelOutput
 from graphmoe.models.pretrained import GraphMoEPreTrainedModel
-from graphmoe.nn import (
-    AttendConv,
-    Block,
-    FeedForward,
-    MoELayer,
-    OrthogonalityStrength,
-    moe_layers,
-    rotary,
-)
+from graphmoe.nn import MoELayer, moe_layers, rotary
 from graphmoe.typing import Record
 
 
@@ -45,6 +39,8 @@ class GraphMoEModel(GraphMoEPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        collab_rounds: int | None = None,
+        reasoning_steps: int | None = None,
         **kwargs,
     ) -> GraphMoEModelOutput:
         if (input_ids is None) == (inputs_embeds is None):
@@ -54,6 +50,11 @@ class GraphMoEModel(GraphMoEPreTrainedModel):
         if use_cache and cache is None and not self.training:
             cache = DynamicCache(config=self.config)
         past = cache.get_seq_length() if cache is not None else 0
+        if past + x.size(1) > self.config.max_position_embeddings:
+            what, most = "sequence is longer than the model takes", self.config.max_position_embeddings
+            raise ConfigError(
+                what, "input_ids", f"at most max_position_embeddings = {most}", past + x.size(1)
+            )
         if position_ids is None:
             position_ids = (torch.arange(x.size(1), device=x.device) + past).unsqueeze(0)
         mask = create_causal_mask(
@@ -66,10 +67,13 @@ class GraphMoEModel(GraphMoEPreTrainedModel):
         channels = self.config.hidden_size // self.config.num_attention_heads
         position = rotary(position_ids, channels, theta=self.config.rope_theta, dtype=x.dtype)
 
+        policy = self._checkpoint_policy()
+        shared = {"mask": mask, "present": present, "cache": cache, "recompute": policy == "ffn"}
+        shared |= {"rounds": collab_rounds, "steps": reasoning_steps}
         states, records = [x], []
         for index, layer in enumerate(self.layers):
-            options = {"mask": mask, "present": present, "cache": cache, "layer": index}
-            if self.gradient_checkpointing and self.training:
+            options = {**shared, "layer": index}
+            if policy == "block":
                 x, record = checkpoint(layer, x, position, use_reentrant=False, **options)
             else:
                 x, record = layer(x, position, **options)
@@ -83,9 +87,23 @@ class GraphMoEModel(GraphMoEPreTrainedModel):
             records=tuple(records),
         )
 
+    def _checkpoint_policy(self) -> str:
+        """What this pass computes again in its backward pass."""
+        if not self.training:
+            return "none"
+        policy = self.config.checkpoint_policy
+        return "block" if policy == "none" and self.gradient_checkpointing else policy
+
 
 class GraphMoEForCausalLM(GraphMoEPreTrainedModel, GenerationMixin):
-    """Decoder language model of routed, coupled and ghost experts.
+    """Decoder language model of routed, coupled, collaborating and ghost experts.
+
+    ``collab_rounds`` and ``reasoning_steps`` of a forward pass, and of ``generate``, are other numbers of
+    rounds of collaboration and of passes of the experts than those of the configuration: fewer make decoding
+    cheaper.
+
+    In processes that train together the balancing loss counts the experts' edges of all of them, so a forward
+    pass in training mode with ``labels`` and gradients is a collective: every process has to run it.
 
     The strength of the orthogonality losses is a buffer, one value a layer, which a training
     callback may move; it starts at 1 and multiplies both coefficients. With
@@ -117,13 +135,16 @@ class GraphMoEForCausalLM(GraphMoEPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         output_records: bool | None = None,
+        collab_rounds: int | None = None,
+        reasoning_steps: int | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> GraphMoECausalLMOutput:
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             cache=cache, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
+            output_hidden_states=output_hidden_states, collab_rounds=collab_rounds,
+            reasoning_steps=reasoning_steps,
         )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
@@ -157,16 +178,24 @@ class GraphMoEForCausalLM(GraphMoEPreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.dim() == 2:
             mask = attention_mask[:, -x.size(1) :].bool()
         terms: dict[str, list[Tensor]] = {}
-        for layer, record, strength in zip(
-            self.moe_layers(), records, self.orthogonality_strength, strict=True
+        counts = [losses.wanted(record) for record in records]
+        if self.config.router_aux_loss_coef and self.training and torch.is_grad_enabled():
+            counts = losses.over_ranks(torch.stack(counts)).unbind()
+        for layer, record, count, strength in zip(
+            self.moe_layers(), records, counts, self.orthogonality_strength, strict=True
         ):
             live = torch.ones(record.routing.num_experts, dtype=torch.bool, device=x.device)
             if layer.ghosts is not None:
                 live = layer.ghosts() > 0
             if self.config.router_aux_loss_coef:
-                terms.setdefault("balance", []).append(losses.balance(record.routing, mask))
+                terms.setdefault("balance", []).append(losses.balance(record.routing, mask, count))
             if self.config.router_z_loss_coef:
                 terms.setdefault("router_z", []).append(losses.router_z(record.routing, mask))
+            if self.config.drop_penalty_coef and record.overflow is not None:
+                value = losses.drop_penalty(record.routing, record.overflow)
+                terms.setdefault("drop_penalty", []).append(value)
+            if self.config.diversity_coef:
+                terms.setdefault("diversity", []).append(losses.diversity(record.attention))
             if self.config.orthogonality_output_coef and record.expert_mean is not None:
                 value = strength * losses.orthogonality(record.expert_mean, live)
                 terms.setdefault("orthogonality_output", []).append(value)
@@ -188,60 +217,3 @@ class GraphMoEForCausalLM(GraphMoEPreTrainedModel, GenerationMixin):
     def num_active_parameters(self) -> int:
         """Parameters that one token passes through; see :func:`~graphmoe.models.cost.active_parameters`."""
         return active_parameters(self)
-
-
-def build_orthogonality(config: GraphMoEConfig) -> OrthogonalityStrength:
-    """State of the adaptive strength of orthogonality of a language model."""
-    return OrthogonalityStrength(
-        config.num_hidden_layers,
-        base=config.orthogonality_output_coef or config.orthogonality_weight_coef,
-        decay=config.orthogonality_decay,
-        interval=config.orthogonality_interval,
-        target=config.orthogonality_target,
-        low=config.orthogonality_min,
-        high=config.orthogonality_max,
-    )
-
-
-def build_block(config: GraphMoEConfig) -> Block:
-    """One block of the language model."""
-    attend = AttendConv(
-        config.hidden_size, config.num_attention_heads,
-        kv_heads=config.num_key_value_heads, dropout=config.attention_dropout,
-    )  # fmt: skip
-    if config.num_experts == 1:
-        feed_forward = FeedForward(config.hidden_size, config.intermediate_size, activation=config.hidden_act)
-    else:
-        feed_forward = MoELayer(
-            config.hidden_size,
-            config.num_experts,
-            config.num_experts_per_tok,
-            hidden_channels=config.intermediate_size,
-            activation=config.hidden_act,
-            coupling=config.coupling,
-            coupling_layers=config.coupling_layers,
-            coupling_norm=config.coupling_norm,
-            coupling_scale=config.coupling_scale,
-            strategy=config.hyperedge_strategy,
-            hyperedges=config.hyperedges,
-            hyperedge_attention=config.hyperedge_attention,
-            max_hyperedges=config.max_hyperedges,
-            routed_scaling_factor=config.routed_scaling_factor,
-            fusion=config.fusion,
-            fusion_projection=config.fusion_projection,
-            num_ghosts=config.num_ghosts,
-            ghost_threshold=config.ghost_activation_threshold,
-            ghost_rate=config.ghost_rate,
-            ghost_window=config.ghost_window,
-            track_outputs=config.track_outputs
-            or config.orthogonality_output_coef > 0
-            or config.orthogonality_adaptive,
-        )
-    return Block(
-        attend,
-        feed_forward,
-        config.hidden_size,
-        norm_eps=config.rms_norm_eps,
-        dropout=config.dropout,
-        post_norm=config.post_norm,
-    )

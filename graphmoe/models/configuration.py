@@ -2,6 +2,8 @@ from transformers import PreTrainedConfig
 
 from graphmoe.errors import ConfigError
 
+CHECKPOINT_POLICIES = ("none", "ffn", "block")
+
 
 class GraphMoEConfig(PreTrainedConfig):
     r"""Configuration of :class:`GraphMoEForCausalLM`, in transformers' words.
@@ -13,7 +15,7 @@ class GraphMoEConfig(PreTrainedConfig):
         num_hidden_layers: Blocks ``L``.
         num_attention_heads: Query heads; divides ``hidden_size`` into even parts.
         num_key_value_heads: Key and value heads; divides ``num_attention_heads``. Default: as many.
-        max_position_embeddings: Longest sequence the model is meant for.
+        max_position_embeddings: Longest sequence the model takes.
         rope_theta: Base of the rotary frequencies.
         hidden_act: ``swiglu`` or ``gelu``, inside experts.
         rms_norm_eps: Added to the mean square in RMSNorm.
@@ -24,8 +26,20 @@ class GraphMoEConfig(PreTrainedConfig):
             ``sqrt(2 L)``.
         num_experts: Primary experts of each block; 1 is a dense model without routing.
         num_experts_per_tok: Experts ``k`` a token, ``1 <= k <= num_experts``.
-        coupling: How the experts of a token talk: ``none``, ``gnn`` or ``hyper``.
-        coupling_layers: Rounds of coupling; ``None``: 2 for ``gnn``, 1 for ``hyper``.
+        router: ``topk``, by the token, or ``contextual``, by what all experts say about it.
+        router_temperature: Divides the scores of the router.
+        router_noise_std: Standard deviation of Gaussian noise on the scores, in training.
+        capacity_factor: In training, most edges of an expert, as a multiple of the mean; ``None``: no limit.
+            What is dropped depends on later tokens, too, so a model that is trained so is causal in eval
+            only.
+        reasoning_steps: Passes of every expert over its own intermediate result; 0: plain experts.
+        coupling: How the experts of a token talk: ``none``, ``gnn``, ``hyper`` or ``collab``.
+        coupling_layers: Rounds of coupling; ``None``: 1 for ``hyper``, else 2; 0 of ``collab`` is none.
+        collab_heads: Attention heads of ``collab`` and of the ``contextual`` router; divides ``hidden_size``.
+        collab_hidden_size: Channels inside the feed-forward step of ``collab``. Default: ``hidden_size``.
+        collab_mediator: Let a learned mediator collaborate with the experts of a token.
+        collab_graph: ``complete``, or ``self``: nobody hears anybody else.
+        collab_dropout: On attention weights of ``collab``, in training.
         coupling_norm: RMSNorm of what the rows of a token say to one another.
         coupling_scale: Start of a learned factor of what coupling adds to the rows; ``None``: no factor.
         hyperedge_strategy: ``all_pairs``, ``all_triplets``, ``all`` or ``custom``.
@@ -33,7 +47,8 @@ class GraphMoEConfig(PreTrainedConfig):
         hyperedge_attention: Attention of hyperedges to their members and of experts to their hyperedges.
         max_hyperedges: Most hyperedges a block may have.
         routed_scaling_factor: What the routing weights of a token sum to.
-        fusion: ``sum`` of a token's rows with routing weights, or their ``mean``.
+        fusion: ``sum`` of a token's rows with routing weights, their ``mean``, or ``gated``: the sum and the
+            mediator through a gate, then a projection.
         fusion_projection: Linear, GELU and LayerNorm behind the fused rows.
         num_ghosts: Ghost experts of each block.
         ghost_activation_threshold: Saturation above which a ghost wakes.
@@ -41,6 +56,8 @@ class GraphMoEConfig(PreTrainedConfig):
         ghost_window: Optimiser steps that saturation averages over.
         router_aux_loss_coef: Weight of the load-balancing loss.
         router_z_loss_coef: Weight of the router z-loss.
+        drop_penalty_coef: Weight of the probability of edges that a capacity limit dropped.
+        diversity_coef: Weight of the negative entropy of the attention of ``collab``.
         orthogonality_output_coef: Weight of the orthogonality of mean expert outputs.
         orthogonality_weight_coef: Weight of the orthogonality of first expert matrices.
         orthogonality_adaptive: Adapt the strength of orthogonality to the specialisation of each
@@ -52,6 +69,9 @@ class GraphMoEConfig(PreTrainedConfig):
         orthogonality_min, orthogonality_max: Bounds of the adapted strength.
         track_outputs: Keep mean expert outputs in the records of an uncoupled model too.
         output_records: Return routing records by default.
+        checkpoint_policy: What is computed again in the backward pass, in training: ``none``, the ``ffn``
+            branch of every block, or the whole ``block``. ``gradient_checkpointing_enable()`` takes ``block``
+            where it is ``none``.
 
     Raises:
         ConfigError: Sizes that do not fit one another, a negative coefficient of a loss, or an adaptive
@@ -83,10 +103,20 @@ class GraphMoEConfig(PreTrainedConfig):
 
     num_experts: int = 4
     num_experts_per_tok: int = 2
+    router: str = "topk"
+    router_temperature: float | int = 1.0
+    router_noise_std: float | int = 0.0
+    capacity_factor: float | int | None = None
+    reasoning_steps: int = 0
     coupling: str = "none"
     coupling_layers: int | None = None
     coupling_norm: bool = False
     coupling_scale: float | int | None = None
+    collab_heads: int = 4
+    collab_hidden_size: int | None = None
+    collab_mediator: bool = True
+    collab_graph: str = "complete"
+    collab_dropout: float | int = 0.0
     hyperedge_strategy: str = "all_pairs"
     hyperedges: list[list[int]] | None = None
     hyperedge_attention: bool = False
@@ -100,6 +130,8 @@ class GraphMoEConfig(PreTrainedConfig):
     ghost_window: int = 100
     router_aux_loss_coef: float | int = 0.01
     router_z_loss_coef: float | int = 0.001
+    drop_penalty_coef: float | int = 0.001
+    diversity_coef: float | int = 0.0
     orthogonality_output_coef: float | int = 0.0
     orthogonality_weight_coef: float | int = 0.0
     orthogonality_adaptive: bool = False
@@ -110,6 +142,7 @@ class GraphMoEConfig(PreTrainedConfig):
     orthogonality_max: float | int = 0.3
     track_outputs: bool = False
     output_records: bool = False
+    checkpoint_policy: str = "none"
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -130,13 +163,28 @@ class GraphMoEConfig(PreTrainedConfig):
             raise ConfigError(
                 "one expert has nobody to couple with or to relieve", "num_experts", "at least 2", 1
             )
+        if self.num_experts == 1 and (self.reasoning_steps or self.router != "topk" or self.capacity_factor):
+            names = ("reasoning_steps", "capacity_factor", "router")
+            name = next(name for name in names if getattr(self, name) not in (0, None, "topk"))
+            raise ConfigError(
+                "a dense model has no mixture", name, "not with one expert", getattr(self, name)
+            )
+        if self.checkpoint_policy not in CHECKPOINT_POLICIES:
+            expected = f"one of {', '.join(CHECKPOINT_POLICIES)}"
+            raise ConfigError("unknown policy", "checkpoint_policy", expected, self.checkpoint_policy)
         self._check_coefficients()
 
     def _check_coefficients(self) -> None:
         orthogonality = ("orthogonality_output_coef", "orthogonality_weight_coef")
-        for name in ("router_aux_loss_coef", "router_z_loss_coef", *orthogonality):
+        plain = ("router_aux_loss_coef", "router_z_loss_coef", "drop_penalty_coef", "diversity_coef")
+        for name in (*plain, *orthogonality):
             if not getattr(self, name) >= 0:
                 raise ConfigError("negative weight of a loss", name, ">= 0", getattr(self, name))
+        if self.diversity_coef and (self.coupling != "collab" or self.coupling_layers == 0):
+            raise ConfigError(
+                "no attention whose entropy could count", "diversity_coef", "0, or coupling collab",
+                self.diversity_coef,
+            )  # fmt: skip
         if self.orthogonality_adaptive and not any(getattr(self, name) for name in orthogonality):
             raise ConfigError(
                 "no orthogonality loss whose strength could adapt", "orthogonality_adaptive",

@@ -2,14 +2,16 @@
 
 from torch import nn
 
-from graphmoe.nn import AttendConv, MoELayer, moe_layers
+from graphmoe.nn import AttendConv, CollabConv, ContextualRouter, IterativeExpert, MoELayer, moe_layers
 
 
 def active_parameters(model: nn.Module) -> int:
     """Parameters that one token passes through: everything but the experts it does not take.
 
-    The parameters of a coupler count once, although every row of a token passes through them:
-    see :func:`forward_flops` for what that costs.
+    Parameters count once, also those of a coupler, which every row of a token passes through in every round,
+    and
+    those of experts that reason in several steps: see :func:`forward_flops` for what that costs. A contextual
+    router lets every expert serve every token.
     """
     total = sum(p.numel() for p in model.parameters())
     for layer in moe_layers(model):
@@ -32,16 +34,41 @@ def forward_flops(model: nn.Module, length: int) -> int:
         elif isinstance(module, AttendConv):
             total += 2 * (length + 1) * module.lin_out.in_features
         elif isinstance(module, MoELayer):
-            rows = _served(module)
-            experts = sum(p.numel() for p in module.experts.parameters())
-            total += 2 * module.router.weight.numel()
-            total += 2 * experts * rows // (module.num_experts + module.num_ghosts)
-            for conv in module.couplers:
-                # Every row passes through the coupler's maps, which the first branch counted once.
-                maps = sum(m.weight.numel() for m in conv.modules() if isinstance(m, nn.Linear))
-                total += 2 * maps * (rows - 1) + 2 * rows * rows * module.in_channels
+            total += 2 * module.router.weight.numel() + _expert_flops(module)
+            if isinstance(module.router, ContextualRouter):
+                # Linear maps were counted for one row by the first branch.
+                total += (_served(module) - 1) * _maps(module.router) + _mixing(module, _served(module))
+            total += sum(_coupling_flops(module, conv) for conv in module.couplers)
     return total
 
 
+def _expert_flops(layer: MoELayer) -> int:
+    weights = sum(p.numel() for p in layer.experts.parameters())
+    steps = layer.experts.steps if isinstance(layer.experts, IterativeExpert) else 1
+    return 2 * steps * weights * _served(layer) // (layer.num_experts + layer.num_ghosts)
+
+
+def _coupling_flops(layer: MoELayer, conv: nn.Module) -> int:
+    """What a coupler costs beyond one pass through its linear maps, which is counted with the others."""
+    rows = min(layer.k, layer.num_experts)
+    if not isinstance(conv, CollabConv):
+        return (rows - 1) * _maps(conv) + _mixing(layer, rows) // 2
+    nodes = rows + (conv.mediator is not None)
+    return (nodes * conv.rounds - 1) * _maps(conv) + conv.rounds * _mixing(layer, nodes)
+
+
+def _maps(module: nn.Module) -> int:
+    """Operations of one row in the linear maps of a module."""
+    return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _mixing(layer: MoELayer, nodes: int) -> int:
+    """Operations of attention between the nodes of a token: scores and weighted sums."""
+    return 4 * nodes * nodes * layer.in_channels
+
+
 def _served(layer: MoELayer) -> int:
-    return min(layer.k, layer.num_experts)  # dormant ghosts serve nobody
+    """Experts that serve a token; dormant ghosts serve nobody."""
+    return (
+        layer.num_experts if isinstance(layer.router, ContextualRouter) else min(layer.k, layer.num_experts)
+    )

@@ -9,10 +9,13 @@ from graphmoe.models.configuration import GraphMoEConfig
 from graphmoe.nn import (
     AttendConv,
     Block,
+    CollabConv,
+    ContextualRouter,
     CoupleConv,
     DenseRouter,
     ExpertConv,
     FeedForward,
+    GatedFusion,
     HyperCoupleConv,
     MoELayer,
     OrthogonalityStrength,
@@ -32,8 +35,10 @@ class GraphMoEPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding | TopKRouter | DenseRouter):
+        if isinstance(module, nn.Linear | nn.Embedding | TopKRouter | DenseRouter | ContextualRouter):
             init.normal_(module.weight, std=std)
+            if isinstance(module, ContextualRouter):
+                init.normal_(module.identity, std=0.02)
         elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
             init.ones_(module.weight)
         elif isinstance(module, ExpertConv):
@@ -56,6 +61,8 @@ class GraphMoEPreTrainedModel(PreTrainedModel):
             for attention in (module.gather_attention, module.spread_attention):
                 if attention is not None:
                     init.normal_(attention, std=std)
+        elif isinstance(module, CollabConv) and module.mediator is not None:
+            init.normal_(module.mediator, std=0.02)
         elif isinstance(module, MoELayer) and module.coupling_scale is not None:
             init.constant_(module.coupling_scale, float(module.coupling_start))
         elif isinstance(module, OrthogonalityStrength):
@@ -70,6 +77,8 @@ class GraphMoEPreTrainedModel(PreTrainedModel):
             init.normal_(module.lin_out.weight, std=std * self._branch_scale)
         elif isinstance(module, FeedForward):
             init.normal_(module.down_proj.weight, std=std * self._branch_scale)
+        elif isinstance(module, GatedFusion):
+            init.normal_(module.lin.weight, std=std * self._branch_scale)
         elif isinstance(module, Block) and module.post_norm is not None:
             init.constant_(module.feed_forward_post_norm.weight, float(module.post_norm))
 

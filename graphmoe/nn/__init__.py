@@ -1,27 +1,40 @@
 from graphmoe.nn.attend import AttendConv, rotary
 from graphmoe.nn.block import Block
-from graphmoe.nn.couple import CoupleConv, HyperCoupleConv
+from graphmoe.nn.couple import CollabConv, CoupleConv, HyperCoupleConv
 from graphmoe.nn.edge_form import edge_form
-from graphmoe.nn.expert import ExpertConv, FeedForward, GhostGate, OrthogonalityStrength
-from graphmoe.nn.fuse import ProjectedFusion, SumFusion
+from graphmoe.nn.expert import (
+    ExpertConv,
+    FeedForward,
+    GhostGate,
+    IterativeExpert,
+    OrthogonalityStrength,
+)
+from graphmoe.nn.fuse import GatedFusion, ProjectedFusion, SumFusion
 from graphmoe.nn.moe import MoELayer, moe_layers
-from graphmoe.nn.route import DenseRouter, TopKRouter
+from graphmoe.nn.route import ContextualRouter, DenseRouter, TopKRouter, limit_capacity
+from graphmoe.nn.row_attention import RowAttention
 
 __all__ = [
     "AttendConv",
     "Block",
+    "CollabConv",
+    "ContextualRouter",
     "CoupleConv",
     "DenseRouter",
     "ExpertConv",
     "FeedForward",
+    "GatedFusion",
     "GhostGate",
     "HyperCoupleConv",
+    "IterativeExpert",
     "MoELayer",
     "OrthogonalityStrength",
     "ProjectedFusion",
+    "RowAttention",
     "SumFusion",
     "TopKRouter",
     "edge_form",
+    "limit_capacity",
     "moe_layers",
     "rotary",
 ]

@@ -1,4 +1,5 @@
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from graphmoe.nn.attend import AttendConv
 from graphmoe.nn.expert import FeedForward
@@ -24,7 +25,9 @@ class Block(nn.Module):
 
     Shapes:
         - **input:** ``x [B, T, D]``; ``position``, ``mask``, ``cache``, ``layer`` as in
-          :class:`AttendConv`; ``present [B, T]`` bool, False for padding, which is not routed.
+          :class:`AttendConv`; ``present [B, T]`` bool, False for padding, which is not routed; ``rounds`` and
+          ``steps`` as in :class:`MoELayer`; ``recompute``: keep nothing of the second branch for the backward
+          pass, but compute it again.
         - **output:** ``(x [B, T, D], Record or None)``.
     """
 
@@ -58,13 +61,26 @@ class Block(nn.Module):
         present: Tensor | None = None,
         cache: object | None = None,
         layer: int = 0,
+        rounds: int | None = None,
+        steps: int | None = None,
+        recompute: bool = False,
     ) -> tuple[Tensor, Record | None]:
         heard = self.attend(self.attend_norm(x), position=position, mask=mask, cache=cache, layer=layer)
         x = x + self.dropout(heard)
-        if isinstance(self.feed_forward, MoELayer):
-            out, record = self.feed_forward(self.feed_forward_norm(x), mask=present, return_record=True)
+        if recompute:
+            added, record = checkpoint(self._feed_forward, x, present, rounds, steps, use_reentrant=False)
         else:
-            out, record = self.feed_forward(self.feed_forward_norm(x)), None
-        if self.feed_forward_post_norm is not None:
-            out = self.feed_forward_post_norm(out)
-        return x + self.dropout(out), record
+            added, record = self._feed_forward(x, present, rounds, steps)
+        return x + self.dropout(added), record
+
+    def _feed_forward(
+        self, x: Tensor, present: Tensor | None, rounds: int | None, steps: int | None
+    ) -> tuple[Tensor, Record | None]:
+        """What the second branch adds, before dropout, and what its mixture did."""
+        x, record = self.feed_forward_norm(x), None
+        if isinstance(self.feed_forward, MoELayer):
+            options = {"rounds": rounds, "steps": steps}
+            x, record = self.feed_forward(x, mask=present, return_record=True, **options)
+        else:
+            x = self.feed_forward(x)
+        return x if self.feed_forward_post_norm is None else self.feed_forward_post_norm(x), record

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -6,15 +6,13 @@ from torch.nn import functional as F
 from torch_geometric.nn import MessagePassing
 
 from graphmoe.errors import ConfigError
-from graphmoe.nn.couple import CoupleConv, HyperCoupleConv
-from graphmoe.nn.expert import ExpertConv, GhostGate
-from graphmoe.nn.fuse import ProjectedFusion, SumFusion
-from graphmoe.nn.route import DenseRouter, TopKRouter
+from graphmoe.nn.expert import ExpertConv, GhostGate, IterativeExpert
+from graphmoe.nn.fuse import GatedFusion, SumFusion
+from graphmoe.nn.resolver import resolve_coupling, resolve_experts, resolve_fusion, resolve_router
+from graphmoe.nn.route import ContextualRouter, DenseRouter, limit_capacity
+from graphmoe.nn.route.capacity import check_capacity_factor
 from graphmoe.nn.rows import equal_weights, expert_means, unexplained_by
 from graphmoe.typing import Record, Routing
-
-COUPLINGS = ("none", "gnn", "hyper")
-FUSIONS = ("sum", "mean")
 
 
 class MoELayer(nn.Module):
@@ -24,7 +22,8 @@ class MoELayer(nn.Module):
         y_n = \sum_{r \in n} w_r\, h_r, \qquad h = \mathrm{couple}(o), \qquad o_r = f_{e_r}(x_n)
 
     ``couple`` never crosses tokens: rows of one token exchange messages, then return to it. With
-    ``gnn`` it is :class:`CoupleConv`; with ``hyper`` it is ``h + GELU(HyperCoupleConv(h))``; both are
+    ``gnn`` it is :class:`CoupleConv`; with ``hyper`` it is ``h + GELU(HyperCoupleConv(h))``; with ``collab``
+    it is :class:`CollabConv`, whose mediator, if it has one, returns through :class:`GatedFusion`. All are
     repeated ``coupling_layers`` times. ``w`` are the routing weights, or equal ones with
     ``fusion="mean"``, where the router learns from its auxiliary losses only.
 
@@ -39,8 +38,14 @@ class MoELayer(nn.Module):
         k: Experts a token, ``1 <= k <= num_experts``; ``k = num_experts`` means every live expert.
         hidden_channels: Channels ``F`` inside an expert. Default: ``4 * D``.
         activation: ``swiglu`` or ``gelu``.
-        coupling: ``none``, ``gnn`` or ``hyper``.
-        coupling_layers: Rounds of coupling. Default: 2 for ``gnn``, 1 for ``hyper``.
+        reasoning_steps: Passes of :class:`IterativeExpert`; 0: plain experts, which are applied once.
+        router: ``topk``, by what the token is, or ``contextual``, by what all experts say about it.
+        router_kwargs: Further arguments of the router, such as ``{"temperature": 0.5}``.
+        capacity_factor: In training, drop what an expert is given beyond its share times this factor: see
+            :func:`~graphmoe.nn.route.limit_capacity`. ``None``: never.
+        coupling: ``none``, ``gnn``, ``hyper`` or ``collab``.
+        coupling_layers: Rounds of coupling. Default: 1 for ``hyper``, else 2; 0 of ``collab`` is no coupling.
+        coupling_kwargs: Further arguments of the coupler, such as ``{"mediator": True}``.
         coupling_norm: Let the rows talk through an RMSNorm: what they say then has the size that the
             nonlinearity of a coupler needs, however small the outputs of the experts are.
         coupling_scale: Start of a learned factor of what each round of coupling adds to the rows; with
@@ -52,7 +57,8 @@ class MoELayer(nn.Module):
         routed_scaling_factor: What the routing weights of a token sum to. Weights that sum to 1 make the
             output of ``k`` experts ``k`` times smaller than that of a dense layer of their width, and it
             then takes long to grow.
-        fusion: ``sum`` (with routing weights) or ``mean`` of a token's rows.
+        fusion: ``sum`` (with routing weights) or ``mean`` of a token's rows, or ``gated``: see
+            :class:`GatedFusion`.
         fusion_projection: Pass the fused rows through :class:`ProjectedFusion`.
         num_ghosts: Ghost experts beside the primary ones; asleep until a training callback wakes them.
         ghost_threshold, ghost_rate, ghost_window: See :class:`GhostGate`.
@@ -60,13 +66,15 @@ class MoELayer(nn.Module):
 
     Shapes:
         - **input:** ``x [*, D]``; ``batch [*]``: the graph of each node, for routers whose choice
-          depends on it (top-k does not); ``mask [*]`` bool: False for nodes without edges, whose
-          output is 0.
+          depends on it (top-k does not), and for the capacity limit; ``mask [*]`` bool: False for nodes
+          without edges, whose output is 0; ``rounds`` and ``steps``: other numbers of rounds of ``collab``
+          and of passes of the experts than those the layer was made with.
         - **output:** ``[*, D]``; with ``return_record=True`` also a :class:`~graphmoe.typing.Record`.
 
     Raises:
-        ConfigError: ``k`` outside ``[1, num_experts]``, an unknown coupling, fusion, activation or
-            strategy, a strategy that needs more rows than ``k``, hyperedges that do not fit the experts.
+        ConfigError: ``k`` outside ``[1, num_experts]``, an unknown router, coupling, fusion, activation or
+            strategy, a strategy that needs more rows than ``k``, hyperedges that do not fit the experts,
+            options that exclude one another.
     """
 
     def __init__(
@@ -77,8 +85,13 @@ class MoELayer(nn.Module):
         *,
         hidden_channels: int | None = None,
         activation: str = "swiglu",
+        reasoning_steps: int = 0,
+        router: str = "topk",
+        router_kwargs: Mapping | None = None,
+        capacity_factor: float | None = None,
         coupling: str = "none",
         coupling_layers: int | None = None,
+        coupling_kwargs: Mapping | None = None,
         coupling_norm: bool = False,
         coupling_scale: float | None = None,
         strategy: str = "all_pairs",
@@ -95,12 +108,6 @@ class MoELayer(nn.Module):
         track_outputs: bool = False,
     ):
         super().__init__()
-        if coupling not in COUPLINGS:
-            raise ConfigError("unknown coupling", "coupling", f"one of {', '.join(COUPLINGS)}", coupling)
-        if fusion not in FUSIONS:
-            raise ConfigError("unknown fusion", "fusion", f"one of {', '.join(FUSIONS)}", fusion)
-        if coupling_layers is not None and coupling_layers < 1:
-            raise ConfigError("too few rounds", "coupling_layers", "at least 1", coupling_layers)
         if num_experts < 1:
             raise ConfigError("no expert", "num_experts", "at least 1", num_experts)
         if num_ghosts < 0:
@@ -108,17 +115,22 @@ class MoELayer(nn.Module):
         if not 1 <= k <= num_experts:
             # Ghosts do not count: all of them may be asleep.
             raise ConfigError("k must not exceed the number of experts", "k", f"1 <= k <= {num_experts}", k)
+        if capacity_factor is not None:
+            check_capacity_factor(capacity_factor)
+        if router == "contextual" and num_ghosts:
+            what = "a router that listens to every expert would hear those asleep"
+            raise ConfigError(what, "num_ghosts", 0, num_ghosts)
         total = num_experts + num_ghosts
         self.in_channels, self.num_experts, self.num_ghosts = in_channels, num_experts, num_ghosts
         self.k = total if k == num_experts else k
-        self.coupling, self.track_outputs = coupling, track_outputs or coupling != "none" or num_ghosts > 0
-        if k == num_experts:
-            self.router = DenseRouter(in_channels, total, scale=routed_scaling_factor)
-        else:
-            self.router = TopKRouter(in_channels, total, k, scale=routed_scaling_factor)
-        self.experts = ExpertConv(
-            in_channels, hidden_channels or 4 * in_channels, total, activation=activation
-        )
+        self.coupling, self.capacity_factor = coupling, capacity_factor
+        self.track_outputs = track_outputs or coupling != "none" or num_ghosts > 0
+        self.track_attention = False
+        options = {"scale": routed_scaling_factor, **(router_kwargs or {})}
+        self.router = resolve_router(router, in_channels, total, self.k, **options)
+        hidden_channels = hidden_channels or 4 * in_channels
+        sizes = (in_channels, hidden_channels, total)
+        self.experts = resolve_experts(*sizes, activation=activation, steps=reasoning_steps)
         self.ghosts = None
         if num_ghosts:
             self.ghosts = GhostGate(
@@ -129,11 +141,9 @@ class MoELayer(nn.Module):
                 rate=ghost_rate,
                 window=ghost_window,
             )
-        rounds = coupling_layers or (2 if coupling == "gnn" else 1)
-        if coupling == "gnn":
-            couplers = [CoupleConv(in_channels, total) for _ in range(rounds)]
-        elif coupling == "hyper":
-            options = {
+        options = dict(coupling_kwargs or {})
+        if coupling == "hyper":
+            options |= {
                 "strategy": strategy,
                 "hyperedges": hyperedges,
                 "attention": hyperedge_attention,
@@ -141,18 +151,22 @@ class MoELayer(nn.Module):
                 "k": self.k,
                 "num_ghosts": num_ghosts,
             }
-            couplers = [HyperCoupleConv(in_channels, total, **options) for _ in range(rounds)]
-        else:
-            couplers = []
+        couplers = resolve_coupling(coupling, in_channels, total, layers=coupling_layers, options=options)
+        if coupling == "collab" and (coupling_norm or coupling_scale is not None):
+            name = "coupling_norm" if coupling_norm else "coupling_scale"
+            raise ConfigError("collaboration has norms of its own", name, "not with collab", coupling)
         self.couplers = nn.ModuleList(couplers)
         norms = [nn.RMSNorm(in_channels, eps=1e-6) for _ in couplers] if coupling_norm else []
         self.coupling_norms = nn.ModuleList(norms)
         self.coupling_start = coupling_scale
         self.register_parameter("coupling_scale", None)
         if couplers and coupling_scale is not None:
-            self.coupling_scale = nn.Parameter(torch.full((rounds,), float(coupling_scale)))
+            self.coupling_scale = nn.Parameter(torch.full((len(couplers),), float(coupling_scale)))
         self.mean = fusion == "mean"
-        self.fusion = ProjectedFusion(in_channels) if fusion_projection else SumFusion()
+        self.mediator = coupling == "collab" and bool(couplers) and couplers[0].mediator is not None
+        self.fusion = resolve_fusion(
+            fusion, in_channels, projection=fusion_projection, mediator=self.mediator
+        )
         for module in self.modules():
             if isinstance(module, MessagePassing):
                 # An Explainer around the user's GNN masks the edges of that graph, not those in here.
@@ -174,48 +188,91 @@ class MoELayer(nn.Module):
         batch: Tensor | None = None,
         mask: Tensor | None = None,
         *,
+        rounds: int | None = None,
+        steps: int | None = None,
         return_record: bool = False,
     ) -> Tensor | tuple[Tensor, Record]:
+        self._check_knobs(rounds, steps)
         shape = x.shape
         x = x.reshape(-1, shape[-1])  # [N, D]
         batch = None if batch is None else batch.flatten()
         mask = None if mask is None else mask.flatten()
         level = None if self.ghosts is None else self.ghosts()
-        offset = None if self.ghosts is None else self.ghosts.offset()
-        routing = self.router(x, batch=batch, mask=mask, offset=offset)
+        outputs = self._every_expert(x, steps) if isinstance(self.router, ContextualRouter) else None
+        routing = self._route(x if outputs is None else outputs, batch, mask)
+        overflow = None
+        if self.capacity_factor is not None and self.training:
+            routing, overflow = limit_capacity(routing, self.capacity_factor, batch)
 
-        if self.experts.fuse and not self.track_outputs and not self.mean and type(self.fusion) is SumFusion:
+        mean = unexplained = centre = attention = gate = None
+        if self._sums_only and self.experts.fuse:
             out = self.experts.reduce(x, routing.token, routing.weight, routing.ptr, routing.perm)
-            mean = unexplained = centre = None
         else:
-            rows = self._rows(x, routing)  # [R, D], sorted by expert
             row = torch.arange(routing.perm.numel(), device=x.device)
             inverse = torch.empty_like(row).scatter_(0, routing.perm, row)  # place -> row
-            slots = rows.index_select(0, inverse).view(-1, self.k, x.size(1))  # [N, k, D]
             expert = routing.expert.index_select(0, inverse).view(-1, self.k)
+            if outputs is None:
+                rows = self._rows(x, routing, steps)  # [R, D], sorted by expert
+                slots = rows.index_select(0, inverse).view(-1, self.k, x.size(1))  # [N, k, D]
+            else:
+                slots = _chosen(outputs, expert)
+                rows = slots.flatten(0, 1).index_select(0, routing.perm)
             if self.mean:
                 weight = equal_weights(expert, routing.num_experts, level)
             else:
                 weight = routing.weight.index_select(0, inverse).view(-1, self.k)
-            coupled = self._couple(slots, expert, level)
-            out = self.fusion(coupled, edge_weight=weight.to(x.dtype))
+            coupled, attention = self._couple(slots, expert, level, rounds)
+            out, gate = self._fuse(coupled, weight.to(x.dtype), x)
             if return_record and self.track_outputs:
                 mean = expert_means(rows, routing)
                 unexplained, centre = unexplained_by(x, slots, expert < routing.num_experts)
-            else:
-                mean = unexplained = centre = None
         out = out.view(shape)
         if not return_record:
             return out
-        dropped = torch.zeros((), dtype=torch.long, device=x.device)
-        return out, Record(routing, mean, None, dropped, unexplained, centre)
+        dropped = torch.zeros((), dtype=torch.long, device=x.device) if overflow is None else overflow.sum()
+        return out, Record(
+            routing, mean, attention, dropped, unexplained, centre, overflow=overflow, gate=gate
+        )
 
-    def _rows(self, x: Tensor, routing: Routing) -> Tensor:
+    @property
+    def _sums_only(self) -> bool:
+        """Whether the rows of a token are summed and nothing else, which needs no rows."""
+        plain = type(self.experts) is ExpertConv and type(self.fusion) is SumFusion
+        chosen_first = not isinstance(self.router, ContextualRouter)
+        return plain and chosen_first and not self.track_outputs and not self.mean
+
+    def _route(self, x: Tensor, batch: Tensor | None, mask: Tensor | None) -> Routing:
+        offset = None if self.ghosts is None else self.ghosts.offset()
+        return self.router(x, batch=batch, mask=mask, offset=offset)
+
+    def _rows(self, x: Tensor, routing: Routing, steps: int | None) -> Tensor:
         row = torch.arange(routing.token.numel(), device=x.device)
         edges = torch.stack([routing.token, row])
-        return self.experts(x, edges, routing.expert, routing.ptr, routing.perm)
+        options = {} if steps is None else {"steps": steps}
+        return self.experts(x, edges, routing.expert, routing.ptr, routing.perm, **options)
 
-    def _couple(self, slots: Tensor, expert: Tensor, level: Tensor | None) -> Tensor:
+    def _every_expert(self, x: Tensor, steps: int | None) -> Tensor:
+        """Output of every expert on every token, ``[N, E, D]``."""
+        tokens, experts = x.size(0), self.experts.num_experts
+        place = torch.arange(tokens * experts, device=x.device)
+        token, expert = place % max(tokens, 1), place.div(max(tokens, 1), rounding_mode="floor")
+        ptr = torch.arange(experts + 1, device=x.device) * tokens
+        options = {} if steps is None else {"steps": steps}
+        edges = torch.stack([token, place])
+        rows = self.experts(x, edges, expert, ptr, token * experts + expert, **options)
+        return rows.view(experts, tokens, x.size(1)).transpose(0, 1)
+
+    def _couple(
+        self, slots: Tensor, expert: Tensor, level: Tensor | None, rounds: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rows after they talked, and behind them their mediator, if any; attention, if it is kept."""
+        if self.coupling == "collab":
+            options = {"expert": expert, "level": level, "rounds": rounds}
+            for conv in self.couplers:
+                if self.track_attention:
+                    return conv(slots, **options, return_attention_weights=True)
+                slots = conv(slots, **options)
+            return slots, None
         if isinstance(self.router, DenseRouter):
             # Slot e is expert e; absent rows are 0 and stay 0, so all tokens share one operator.
             expert = None
@@ -231,12 +288,28 @@ class MoELayer(nn.Module):
                 slots = heard
                 continue
             slots = slots + (added if scale is None else scale * added)
-        return slots
+        return slots, None
+
+    def _fuse(self, coupled: Tensor, weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What returns to each token, and the share of the mediator in it, if there is one."""
+        if not isinstance(self.fusion, GatedFusion):
+            return self.fusion(coupled, edge_weight=weight), None
+        if not self.mediator:
+            return self.fusion(coupled, edge_weight=weight, return_gate=True)
+        rows, mediator = coupled[:, :-1], coupled[:, -1]
+        return self.fusion(rows, edge_weight=weight, token=x, mediator=mediator, return_gate=True)
+
+    def _check_knobs(self, rounds: int | None, steps: int | None) -> None:
+        if rounds is not None and not (self.coupling == "collab" and self.couplers):
+            raise ConfigError("there is no collaboration to adjust", "collab_rounds", "None", rounds)
+        if steps is not None and not isinstance(self.experts, IterativeExpert):
+            raise ConfigError("experts do not reason in steps", "reasoning_steps", "None", steps)
 
     def connections(self) -> Tensor | None:
         """Strength of each expert connection in the forward pass, ``[E, E]`` (target, source):
-        mean over coupling layers; ``None`` without coupling."""
-        if not self.couplers:
+        mean over coupling layers; ``None`` without coupling, and for ``collab``, whose connections are
+        attention: another for each token."""
+        if not self.couplers or self.coupling == "collab":
             return None
         level = None if self.ghosts is None else self.ghosts()
         return torch.stack([conv.connections(level) for conv in self.couplers]).mean(dim=0)
@@ -255,3 +328,11 @@ class MoELayer(nn.Module):
 def moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a model, in the order of its modules."""
     return [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
+def _chosen(outputs: Tensor, expert: Tensor) -> Tensor:
+    """Outputs ``[N, k, D]`` of the chosen experts ``[N, k]`` among those of all, ``[N, E, D]``; 0 if
+    absent."""
+    present = (expert < outputs.size(1)).unsqueeze(-1)
+    index = expert.clamp(max=outputs.size(1) - 1).unsqueeze(-1).expand(-1, -1, outputs.size(2))
+    return torch.where(present, outputs.gather(1, index), 0.0)

@@ -24,6 +24,24 @@ OPTIONS += [
     ("hyper", "custom", 3, 2, {"hyperedges": [[0, 1, 4], [1, 2], [2, 3, 5], [0], [3, 4]]}),
     ("none", "all_pairs", 2, 0, {"routed_scaling_factor": 2.0, "post_norm": 0.2}),
 ]
+# Mixture of Collaboration: coupling, (unused) strategy, k, ghosts, options. Capacity drops in training only.
+COLLAB = {"fusion": "gated", "collab_heads": 4}
+OPTIONS += [
+    ("collab", "all_pairs", 2, 0, {**COLLAB, "reasoning_steps": 2, "capacity_factor": 1.0}),
+    ("collab", "all_pairs", 1, 0, {**COLLAB, "coupling_layers": 1}),
+    ("collab", "all_pairs", 4, 0, {"collab_mediator": False, "collab_hidden_size": 24, "coupling_layers": 4}),
+    ("collab", "all_pairs", 3, 2, {**COLLAB, "reasoning_steps": 1, "post_norm": 0.2}),
+    ("collab", "all_pairs", 2, 0, {**COLLAB, "collab_graph": "self", "num_key_value_heads": 1}),
+    ("collab", "all_pairs", 2, 0, {"coupling_layers": 0, "fusion": "gated", "reasoning_steps": 4}),
+    (
+        "collab",
+        "all_pairs",
+        2,
+        0,
+        {"router": "contextual", "collab_mediator": False, "coupling_layers": 1, "fusion": "gated"}
+        | {"diversity_coef": 0.01, "router_temperature": 0.7},
+    ),
+]
 
 
 def build(coupling="hyper", strategy="all_pairs", k=3, ghosts=2, **options):
@@ -63,6 +81,8 @@ def logits(model, ids, **options):
 @pytest.mark.parametrize("coupling, strategy, k, ghosts, options", OPTIONS)
 @pytest.mark.parametrize("train", [False, True])
 def test_no_token_sees_the_future(coupling, strategy, k, ghosts, options, train):
+    if train:  # a capacity limit looks at later tokens: see the next test
+        options = options | {"capacity_factor": None}
     model = build(coupling, strategy, k, ghosts, **options).train(train)
     ids = torch.randint(61, (2, 12))
     before = logits(model, ids)
@@ -72,6 +92,19 @@ def test_no_token_sees_the_future(coupling, strategy, k, ghosts, options, train)
         after = logits(model, changed)
         assert (after[:, :cut] - before[:, :cut]).abs().max() <= 1e-12
         assert (after[:, cut:] - before[:, cut:]).abs().max() > 1e-3
+
+
+def test_a_capacity_limit_sees_the_future_in_training_and_says_how_often():
+    """That it must not be trusted in a causal evaluation is why it is off there."""
+    model = build("collab", k=2, ghosts=0, **COLLAB, capacity_factor=0.5).train()
+    ids = torch.randint(61, (2, 12))
+    with torch.no_grad():
+        before, later = model(ids, output_records=True), ids.clone()
+        later[:, 6:] = (later[:, 6:] + 1) % 61
+        moved = (model(later).logits[:, :6] - before.logits[:, :6]).abs().max()
+    assert moved > 1e-3
+    for record in before.records:
+        assert int(record.dropped) + int(record.routing.ptr[-1]) == 2 * 12 * 2 and int(record.dropped) > 0
 
 
 @pytest.mark.parametrize("coupling, strategy, k, ghosts, options", OPTIONS)
@@ -89,6 +122,22 @@ def test_cached_decoding_equals_the_full_pass(coupling, strategy, k, ghosts, opt
         assert (torch.cat(parts, dim=1) - whole).abs().max() <= 1e-10
 
 
+def test_a_thousand_greedy_tokens_with_and_without_cache():
+    """Collaboration, reasoning, grouped keys: one difference in a greedy choice changes all later ones."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2}
+    options = {**COLLAB, "reasoning_steps": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    model = build("collab", k=2, ghosts=0, **(options | sizes))
+    for parameter in model.parameters():  # at smaller weights it soon repeats a few tokens for ever
+        torch.nn.init.normal_(parameter, std=0.8)
+    ids = torch.randint(61, (2, 4))
+    cached = model.generate(ids, max_new_tokens=1000, do_sample=False, use_cache=True)
+    assert cached.shape == (2, 1004)
+    assert all(row.unique().numel() > 10 for row in cached[:, -200:])
+    # A full pass at every step would compute the same prefixes a thousand times: one pass has all of them.
+    greedy = logits(model, cached[:, :-1], use_cache=False)[:, 3:].argmax(dim=-1)
+    assert torch.equal(greedy, cached[:, 4:])
+
+
 @pytest.mark.parametrize("coupling", ["none", "gnn", "hyper"])
 def test_two_hundred_greedy_tokens_with_and_without_cache(coupling):
     model = build(coupling, num_hidden_layers=1, hidden_size=16, num_attention_heads=2)
@@ -99,9 +148,9 @@ def test_two_hundred_greedy_tokens_with_and_without_cache(coupling):
     assert torch.equal(cached, full)
 
 
-@pytest.mark.parametrize("coupling", ["none", "gnn", "hyper"])
+@pytest.mark.parametrize("coupling", ["none", "gnn", "hyper", "collab"])
 def test_left_padding_and_batch_mates_do_not_matter(coupling):
-    model = build(coupling)
+    model = build(coupling, **(COLLAB | {"reasoning_steps": 2} if coupling == "collab" else {}))
     ids = torch.randint(61, (3, 9))
     alone = logits(model, ids[:1])
     assert (logits(model, ids)[:1] - alone).abs().max() <= 1e-10
@@ -113,6 +162,42 @@ def test_left_padding_and_batch_mates_do_not_matter(coupling):
     assert torch.equal(generated[:, 4:], plain)
 
 
+def test_knobs_of_decoding():
+    """Rounds and steps of a call are those of a model made with them, except for the size of a step."""
+    model = build("collab", k=2, ghosts=0, **COLLAB, reasoning_steps=2)
+    ids = torch.randint(61, (2, 9))
+    for rounds in (1, 3):
+        other = build("collab", k=2, ghosts=0, **COLLAB, reasoning_steps=2, coupling_layers=rounds)
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(logits(model, ids, collab_rounds=rounds), logits(other, ids))
+    assert torch.equal(logits(model, ids, collab_rounds=2, reasoning_steps=2), logits(model, ids))
+    assert (logits(model, ids, reasoning_steps=1) - logits(model, ids)).abs().max() > 1e-3
+    knobs = {"collab_rounds": 0, "reasoning_steps": 1}
+    generated = model.generate(ids, max_new_tokens=8, do_sample=False, **knobs)
+    step = torch.cat([ids, generated[:, 9:-1]], dim=1)
+    assert torch.equal(logits(model, step, **knobs)[:, 8:].argmax(dim=-1), generated[:, 9:])
+    with pytest.raises(ConfigError, match="reasoning_steps: no step of reasoning"):
+        logits(model, ids, reasoning_steps=0)
+    with pytest.raises(ConfigError, match="collab_rounds: there is no collaboration to adjust"):
+        logits(build("none", ghosts=0), ids, collab_rounds=1)
+    with pytest.raises(ConfigError, match="reasoning_steps: experts do not reason in steps"):
+        logits(build("none", ghosts=0), ids, reasoning_steps=1)
+
+
+def test_a_sequence_longer_than_the_model_takes():
+    model = build("none", ghosts=0, max_position_embeddings=8)
+    ids = torch.randint(61, (2, 9))
+    match = "input_ids: sequence is longer than the model takes; expected at most .* = 8; got 9"
+    with pytest.raises(ConfigError, match=match):
+        model(ids)
+    with pytest.raises(ConfigError, match=match):
+        model.generate(ids, max_new_tokens=1)
+    assert logits(model, ids[:, :8]).shape == (2, 8, 61)
+    past = model(ids[:, :8], use_cache=True).cache
+    with pytest.raises(ConfigError, match=match):
+        model(ids[:, 8:], cache=past)
+
+
 @pytest.mark.parametrize("coupling, strategy, k, ghosts, options", OPTIONS)
 def test_every_parameter_learns(coupling, strategy, k, ghosts, options):
     model = build(coupling, strategy, k, ghosts, **options).train()
@@ -120,8 +205,9 @@ def test_every_parameter_learns(coupling, strategy, k, ghosts, options):
     assert_every_parameter_learns(model, model(ids, labels=ids).loss)
 
 
-def test_edge_form_equals_fast_form():
-    model = build()
+@pytest.mark.parametrize("coupling", ["hyper", "collab"])
+def test_edge_form_equals_fast_form(coupling):
+    model = build(coupling, **(COLLAB | {"reasoning_steps": 2} if coupling == "collab" else {}))
     ids = torch.randint(61, (2, 9))
     fast = logits(model, ids)
     with edge_form(model):
@@ -160,24 +246,68 @@ def test_forward_moves_no_state():
     assert_eval_changes_nothing(model, lambda: model(ids, labels=ids))
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model = build().train()
+@pytest.mark.parametrize("policy", ["none", "ffn", "block"])
+@pytest.mark.parametrize("coupling", ["hyper", "collab"])
+def test_gradient_checkpointing_gives_the_same_gradients(policy, coupling):
+    options = {"ghosts": 0, **COLLAB, "k": 2, "reasoning_steps": 2, "capacity_factor": 1.0}
+    options = options | {"router_noise_std": 0.5} if coupling == "collab" else {}
+    model = build(coupling, dropout=0.1, **options).train()
     ids = torch.randint(61, (2, 9))
-    model(ids, labels=ids).loss.backward()
-    plain = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad()
-    model.gradient_checkpointing_enable()
-    model(ids, labels=ids).loss.backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-10, atol=1e-12)
+
+    def step():
+        torch.manual_seed(3)  # the second pass draws the noise and the dropout of the first
+        model.zero_grad()
+        out = model(ids, labels=ids, output_records=True)
+        out.loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+        return out.loss.item(), gradients, [int(r.dropped) for r in out.records]
+
+    plain_loss, plain, dropped = step()
+    if policy == "none":
+        model.gradient_checkpointing_enable()
+    else:
+        model.config.checkpoint_policy = policy
+    loss, gradients, again = step()
+    assert loss == plain_loss and dropped == again and (sum(dropped) > 0) == (coupling == "collab")
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("policy", ["ffn", "block"])
+def test_gradient_checkpointing_keeps_less(policy):
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    model = build("none", ghosts=0).train()
+    ids = torch.randint(61, (2, 30))
+    for chosen in ("none", policy):
+        model.config.checkpoint_policy = chosen
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model(ids).logits
+        total = sum(kept)
+        kept.clear()
+        del out
+        if chosen == "none":
+            plain = total
+    assert total < 0.8 * plain
 
 
 @pytest.mark.parametrize(
     "coupling, strategy, k, ghosts",
-    [("none", "all_pairs", 2, 0), ("gnn", "all_pairs", 4, 2), ("hyper", "all_pairs", 3, 2)],
+    [
+        ("none", "all_pairs", 2, 0),
+        ("gnn", "all_pairs", 4, 2),
+        ("hyper", "all_pairs", 3, 2),
+        ("collab", "all_pairs", 2, 0),
+    ],
 )
 def test_compiles_whole(coupling, strategy, k, ghosts):
-    model = build(coupling, strategy, k, ghosts).train()
+    options = COLLAB | {"reasoning_steps": 2, "capacity_factor": 1.0} if coupling == "collab" else {}
+    model = build(coupling, strategy, k, ghosts, **options).train()
     ids = torch.randint(61, (2, 9))
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -286,6 +416,23 @@ def test_active_parameters():
         ),
         ({"coupling_layers": 0}, "coupling_layers: too few rounds"),
         ({"routed_scaling_factor": 0}, "routed_scaling_factor"),
+        ({"coupling": "collab", "fusion": "sum"}, "fusion: nobody listens to the mediator"),
+        ({"coupling": "collab", "fusion": "gated", "collab_heads": 3}, "heads must divide"),
+        ({"coupling": "collab", "fusion": "gated", "coupling_layers": -1}, "coupling_layers: too few rounds"),
+        ({"coupling": "collab", "fusion": "gated", "collab_graph": "ring"}, "unknown graph"),
+        ({"coupling": "collab", "fusion": "gated", "coupling_norm": True}, "coupling_norm"),
+        ({"fusion": "gated", "fusion_projection": True}, "fusion_projection"),
+        ({"reasoning_steps": -1}, "reasoning_steps: no step"),
+        ({"capacity_factor": 0}, "capacity_factor"),
+        ({"router": "contextual", "ghosts": 1}, "num_ghosts"),
+        ({"router_noise_std": -1}, "router_noise_std"),
+        ({"diversity_coef": 0.1}, "diversity_coef: no attention"),
+        ({"drop_penalty_coef": -1}, "drop_penalty_coef: negative weight"),
+        ({"checkpoint_policy": "some"}, "checkpoint_policy: unknown policy"),
+        (
+            {"num_experts": 1, "k": 1, "coupling": "none", "ghosts": 0, "reasoning_steps": 2},
+            "reasoning_steps",
+        ),
     ],
 )
 def test_wrong_input(options, match):

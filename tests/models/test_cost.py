@@ -24,6 +24,10 @@ def build(**options):
         {"coupling": "hyper", "num_ghosts": 2, "fusion_projection": True},
         {"coupling": "gnn", "coupling_layers": 1},
         {"coupling": "gnn", "hidden_act": "gelu", "num_experts_per_tok": 4},
+        {"coupling": "collab", "fusion": "gated", "collab_heads": 2, "reasoning_steps": 3},
+        {"coupling": "collab", "collab_mediator": False, "collab_heads": 2, "collab_hidden_size": 40},
+        {"coupling": "collab", "coupling_layers": 0, "fusion": "gated", "reasoning_steps": 1},
+        {"router": "contextual", "collab_heads": 2, "num_experts_per_tok": 2},
     ],
     ids=str,
 )
@@ -36,6 +40,11 @@ def test_counts_what_torch_counts(options):
     attention = 2 * 2 * (TOKENS + 1) * 16
     rounds = sum(len(layer.couplers) for layer in model.moe_layers())
     mixing = rounds * 2 * k * k * 16
+    if model.config.coupling == "collab":
+        nodes = k + model.config.collab_mediator
+        mixing = rounds * 2 * 4 * nodes * nodes * 16  # two rounds; scores and sums
+    if model.config.router == "contextual":
+        mixing += len(model.moe_layers()) * 4 * 4 * 4 * 16
     # The two halves of a gnn gate are a narrow product that the count leaves out.
     gates = 2 * k * 2 * 16 * rounds if model.config.coupling == "gnn" else 0
     # Mean outputs of the experts are kept for the records, not for the output.

@@ -1,7 +1,7 @@
 from torch import nn
 
 
-def is_bare(lin: nn.Module) -> bool:
-    """Whether a linear layer is its weight and nothing else, no adapter and no hook, so that a kernel
-    may use the weight in its place."""
-    return type(lin) is nn.Linear and not (lin._forward_hooks or lin._forward_pre_hooks)
+def is_bare(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a layer of ``kind`` is its weights and nothing else, no adapter and no hook, so that a kernel
+    may use the weights in its place."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)

@@ -29,14 +29,22 @@ def sort_routes(expert: Tensor, weight: Tensor, logits: Tensor) -> Routing:
     )
 
 
-class _Router(nn.Module):
-    def __init__(self, in_channels: int, num_experts: int, scale: float):
+class Router(nn.Module):
+    """What routers share: a linear map from what they look at to a score of each expert."""
+
+    def __init__(
+        self, in_channels: int, num_experts: int, *, scale: float, temperature: float, noise_std: float
+    ):
         if not 0 < scale < float("inf"):
             raise ConfigError("weights need a positive scale", "routed_scaling_factor", "> 0", scale)
+        if not 0 < temperature < float("inf"):
+            raise ConfigError("scores need a positive temperature", "router_temperature", "> 0", temperature)
+        if not 0 <= noise_std < float("inf"):
+            raise ConfigError("noise needs a size", "router_noise_std", ">= 0", noise_std)
         super().__init__()
         self.in_channels, self.num_experts, self.scale = in_channels, num_experts, scale
+        self.temperature, self.noise_std = temperature, noise_std
         self.weight = nn.Parameter(torch.empty(num_experts, in_channels))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.in_channels**-0.5)
@@ -47,27 +55,47 @@ class _Router(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        if self.training and self.noise_std > 0:
+            logits = logits + self.noise_std * torch.randn_like(logits)
         return logits if offset is None else logits + offset.to(dtype)
+
+    def choose(self, logits: Tensor, mask: Tensor | None) -> Routing:
+        """Edges to the ``k`` experts of largest score, weighted by a softmax over these scores."""
+        expert = largest(logits.detach(), self.k)
+        return self.edges(expert, logits.gather(1, expert), logits, mask)
+
+    def edges(self, expert: Tensor, value: Tensor, logits: Tensor, mask: Tensor | None) -> Routing:
+        """Edges to ``expert [N, k]`` with scores ``value [N, k]``; those to unreachable experts and those of
+        masked tokens are absent."""
+        present = value > NEVER / 2
+        if mask is not None:
+            present = present & mask.unsqueeze(1)
+        expert = torch.where(present, expert, logits.size(1))
+        return sort_routes(expert, self.scale * value.softmax(dim=-1) * present, logits)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, num_experts={self.num_experts}, k={self.k})"
 
 
-class TopKRouter(_Router):
+class TopKRouter(Router):
     r"""Token choice: every token takes the ``k`` experts of largest score (`Shazeer et al.
     <https://arxiv.org/abs/1701.06538>`_).
 
     .. math::
-        z_n = W x_n + o, \quad w_n = s\,\mathrm{softmax}(\mathrm{top}_k(z_n))
+        z_n = W x_n / T + \varepsilon + o, \quad w_n = s\,\mathrm{softmax}(\mathrm{top}_k(z_n))
 
-    Ties go to the lowest expert id. The choice of one token depends on that token alone, so the
-    router is causal.
+    with Gaussian noise :math:`\varepsilon` in training only. Ties go to the lowest expert id. The choice of
+    one token depends on that token alone, so the router is causal.
 
     Args:
         in_channels: Channels ``D`` of a token.
         num_experts: ``E``.
         k: Edges a token, ``1 <= k <= E``.
         scale: What the weights of a token sum to, :math:`s > 0`.
+        temperature: :math:`T > 0`: below 1 weights are sharper, above 1 more even.
+        noise_std: Standard deviation of the noise.
 
     Shapes:
         - **input:** ``x [N, D]``, ``mask [N]`` bool (False: no edges), ``offset [E]`` added to the
@@ -76,14 +104,25 @@ class TopKRouter(_Router):
         - **output:** :class:`~graphmoe.typing.Routing` of ``N * k`` edges.
 
     Raises:
-        ConfigError: ``k`` outside ``[1, E]``, ``scale`` not positive.
+        ConfigError: ``k`` outside ``[1, E]``, ``scale`` or ``temperature`` not positive, negative noise.
     """
 
-    def __init__(self, in_channels: int, num_experts: int, k: int, *, scale: float = 1.0):
+    def __init__(
+        self,
+        in_channels: int,
+        num_experts: int,
+        k: int,
+        *,
+        scale: float = 1.0,
+        temperature: float = 1.0,
+        noise_std: float = 0.0,
+    ):
         if not 1 <= k <= num_experts:
             raise ConfigError("k must not exceed the number of experts", "k", f"1 <= k <= {num_experts}", k)
+        options = {"scale": scale, "temperature": temperature, "noise_std": noise_std}
+        super().__init__(in_channels, num_experts, **options)
         self.k = k
-        super().__init__(in_channels, num_experts, scale)
+        self.reset_parameters()
 
     def forward(
         self,
@@ -93,20 +132,28 @@ class TopKRouter(_Router):
         mask: Tensor | None = None,
         offset: Tensor | None = None,
     ) -> Routing:
-        logits = self.scores(x, offset)
-        expert = _largest(logits.detach(), self.k)
-        return _with_absent(expert, logits.gather(1, expert), logits, mask, self.scale)
+        return self.choose(self.scores(x, offset), mask)
 
 
-class DenseRouter(_Router):
-    r"""Every expert serves every token, ``k = E``, with weights ``s softmax(W x + o)``.
+class DenseRouter(Router):
+    r"""Every expert serves every token, ``k = E``, with weights ``s softmax(W x / T + noise + o)``.
 
     Slot ``e`` of a token is expert ``e``. Arguments and shapes as :class:`TopKRouter`.
     """
 
-    def __init__(self, in_channels: int, num_experts: int, *, scale: float = 1.0):
+    def __init__(
+        self,
+        in_channels: int,
+        num_experts: int,
+        *,
+        scale: float = 1.0,
+        temperature: float = 1.0,
+        noise_std: float = 0.0,
+    ):
+        options = {"scale": scale, "temperature": temperature, "noise_std": noise_std}
+        super().__init__(in_channels, num_experts, **options)
         self.k = num_experts
-        super().__init__(in_channels, num_experts, scale)
+        self.reset_parameters()
 
     def forward(
         self,
@@ -118,10 +165,10 @@ class DenseRouter(_Router):
     ) -> Routing:
         logits = self.scores(x, offset)
         expert = torch.arange(self.num_experts, device=x.device).expand_as(logits)
-        return _with_absent(expert, logits, logits, mask, self.scale)
+        return self.edges(expert, logits, logits, mask)
 
 
-def _largest(scores: Tensor, k: int) -> Tensor:
+def largest(scores: Tensor, k: int) -> Tensor:
     """Ids ``[N, k]`` of the ``k`` largest scores ``[N, E]``, in descending order, ties by lowest id.
 
     ``topk`` breaks ties in no fixed order. For few choices, taking the first maximum ``k`` times is
@@ -134,12 +181,3 @@ def _largest(scores: Tensor, k: int) -> Tensor:
         chosen.append(scores.max(dim=-1, keepdim=True).indices)
         scores = scores.scatter(1, chosen[-1], float("-inf"))
     return torch.cat(chosen, dim=1)
-
-
-def _with_absent(expert: Tensor, value: Tensor, logits: Tensor, mask: Tensor | None, scale: float) -> Routing:
-    """Turn edges of unreachable experts and masked tokens into sentinels."""
-    present = value > NEVER / 2
-    if mask is not None:
-        present = present & mask.unsqueeze(1)
-    expert = torch.where(present, expert, logits.size(1))
-    return sort_routes(expert, scale * value.softmax(dim=-1) * present, logits)
