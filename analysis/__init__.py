@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
+from analysis.coactivation import expert_coactivation, is_choice
+from analysis.collaboration import collaboration_attention, mediator_gate
 from analysis.connections import (
     expert_connections,
     expert_connections_change,
@@ -17,9 +19,10 @@ from analysis.curves import has_curves, training_curves
 from analysis.ghost import ghost_timeline
 from analysis.hyperedges import hyperedge_weights
 from analysis.hypergraph import hypergraph
-from analysis.load import expert_load, expert_load_over_time
+from analysis.inference import inference_knobs
+from analysis.load import drop_rate, expert_load, expert_load_over_time
 from analysis.orthogonality import orthogonality
-from analysis.series import has, steps
+from analysis.series import INFERENCE, has, steps
 from analysis.specialisation import expert_similarity, routing_information, specialisation
 from graphmoe.checkpoint import RunRecord
 
@@ -31,12 +34,19 @@ PLOTS: dict[Plot, Callable[[RunRecord], bool]] = {
     training_curves: has_curves,
     expert_load: lambda record: _several(record, "load"),
     expert_load_over_time: lambda record: _several(record, "load"),
+    drop_rate: lambda record: has(record, "drop_rate"),
+    expert_coactivation: lambda record: (
+        has(record, "final_coactivation", "final_coactivation_random") and is_choice(record)
+    ),
     expert_connections: lambda record: _several(record, "coupling"),
     expert_connections_change: lambda record: _several(record, "coupling") and len(steps(record)) > 1,
     expert_connections_over_time: lambda record: _several(record, "coupling") and len(steps(record)) > 1,
     hypergraph: lambda record: has(record, "incidence"),
     hyperedge_weights: lambda record: has(record, "hyperedge_weight", "incidence"),
     ghost_timeline: lambda record: has(record, "ghost_level"),
+    collaboration_attention: lambda record: has(record, "final_attention", "final_attention_uniform"),
+    mediator_gate: lambda record: has(record, "mediator_gate") or has(record, "final_mediator_gate"),
+    inference_knobs: lambda record: has(record, "final_inference_loss", *INFERENCE),
     specialisation: lambda record: _several(record, "load") and has(record, "specialisation"),
     expert_similarity: lambda record: _several(record, "final_cka"),
     routing_information: lambda record: _routed(record),

@@ -17,6 +17,7 @@ from analysis.comparison_figure import comparison
 from analysis.comparison_table import csv_table, markdown_table
 from analysis.groups import Group, group_runs
 from analysis.output import png, write
+from analysis.trade_off import points_of, trade_off
 from graphmoe.checkpoint import RunRecord, read
 from graphmoe.errors import ConfigError
 
@@ -47,16 +48,27 @@ class Comparison:
         """Draw held-out quality over steps and the final value of every seed."""
         return comparison(self.groups)
 
+    def trade_off(self) -> Figure:
+        """Draw held-out quality against FLOPs a token, a point a group."""
+        return trade_off(self.groups)
+
     def save(self, directory: str | Path) -> list[Path]:
-        """Write ``comparison.md``, ``comparison.csv`` and ``comparison.png`` and return their paths.
+        """Write ``comparison.md``, ``comparison.csv`` and ``comparison.png`` and, where the results know
+        what a token costs, ``trade_off.png``; return their paths.
 
         The folder is made if it is missing; a file of that name is replaced in one step.
 
         Raises:
             CheckpointWriteError: If a file could not be written.
         """
-        contents = {"md": self.markdown().encode(), "csv": self.csv().encode(), "png": png(self.figure())}
-        return [write(Path(directory) / f"comparison.{end}", data) for end, data in contents.items()]
+        contents = {
+            "comparison.md": self.markdown().encode(),
+            "comparison.csv": self.csv().encode(),
+            "comparison.png": png(self.figure()),
+        }
+        if points_of(self.groups):
+            contents["trade_off.png"] = png(self.trade_off())
+        return [write(Path(directory) / name, data) for name, data in contents.items()]
 
 
 def compare(
@@ -98,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m analysis.compare", "Compare finished runs.")
     parser.add_argument("runs", nargs="*", metavar="RUN", type=Path, help="run directories")
     parser.add_argument(
-        "--out", type=Path, default=Path(), help="where comparison.md, .csv and .png go (default: here)"
+        "--out", type=Path, default=Path(), help="where the table and the pictures go (default: here)"
     )
     parser.add_argument("--baseline", metavar="LABEL", help="group to take differences to (default: moe)")
     return run_command(parser, _compare, argv)

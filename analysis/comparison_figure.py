@@ -46,9 +46,9 @@ def held_out(group: Group, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _curve(ax: Axes, at: np.ndarray, values: np.ndarray, group: Group, index: int) -> None:
     """Draw the mean of ``values [runs, S]`` and, with several runs, its band."""
-    colour, dashes = _look(index)
+    colour, dashes = group_look(index)
     mean = values.mean(axis=0)
-    style.line(ax, at, mean, color=colour, linestyle=dashes, label=_lines(group.label))
+    style.line(ax, at, mean, color=colour, linestyle=dashes, label=label_lines(group.label))
     if len(values) > 1:
         deviation = values.std(axis=0, ddof=1)
         ax.fill_between(at, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
@@ -59,7 +59,7 @@ def _finals(ax: Axes, groups: Sequence[Group], key: str) -> None:
     for row, group in enumerate(groups):
         values = list(group.values("metrics", key).values())
         places = row + 0.12 * (np.arange(len(values)) - (len(values) - 1) / 2).clip(-2, 2)
-        colour, _ = _look(row)
+        colour, _ = group_look(row)
         ax.scatter(values, places, s=26, color=colour, alpha=0.8, linewidths=0, zorder=3)
         if values:
             mean = float(np.mean(values))
@@ -69,7 +69,7 @@ def _finals(ax: Axes, groups: Sequence[Group], key: str) -> None:
                 text, (1, row), xycoords=("axes fraction", "data"), xytext=(5, 0),
                 textcoords="offset points", va="center", fontsize=8, annotation_clip=False,
             )  # fmt: skip
-    ax.set_yticks(range(len(groups)), [_lines(group.label) for group in groups])
+    ax.set_yticks(range(len(groups)), [label_lines(group.label) for group in groups])
     ax.set_ylim(len(groups) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     ax.grid(False, axis="y")
@@ -78,12 +78,12 @@ def _finals(ax: Axes, groups: Sequence[Group], key: str) -> None:
     ax.set_title("At the end: a dot a seed, line: mean")
 
 
-def _lines(label: str) -> str:
+def label_lines(label: str) -> str:
     """A label on a line, or its name above the settings that tell it from others of that name."""
     return "\n".join(style.plain(part, 48) for part in label.split(" · ", 1))
 
 
-def _look(index: int) -> tuple[str, str]:
+def group_look(index: int) -> tuple[str, str]:
     """Colour and dashes of a group; after all colours the dashes change."""
     colours = len(style.PRIMARIES)
     return style.PRIMARIES[index % colours], LINES[index // colours % len(LINES)]

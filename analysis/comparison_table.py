@@ -14,6 +14,11 @@ METRICS = {"bits_per_byte": "bits per byte", "loss": "loss, nats per token"}
 """What models are compared in: the first that every run has."""
 REFERENCES = {"baseline": "unigram", "chance": "chance"}
 """Rows that are no model, by their key in the results, and what they are called if no run says it."""
+EXTRAS = {
+    "dropped / random": ("drop_rate", "drop_rate_random"),
+    "mediator gate": ("mediator_gate",),
+}
+"""Columns of figures of experts that only some models have."""
 DASH = "–"
 
 Row = dict[str, str]
@@ -35,9 +40,12 @@ def markdown_table(groups: Sequence[Group], baseline: str | None) -> str:
     """
     metric = metric_of(groups)
     rates = {_rates(group) for group in groups}
+    extras = [
+        title for title, names in EXTRAS.items() if any(group.spread("experts", names[0]) for group in groups)
+    ]
     reference = next((group for group in groups if group.label == baseline), None)
-    rows = [_row(group, metric, reference, rates=len(rates) > 1) for group in groups]
-    rows += _references(groups, metric)
+    rows = [_row(group, metric, reference, extras, rates=len(rates) > 1) for group in groups]
+    rows += references(groups, metric)
     columns = list(rows[0])
     lines = [columns, *([row.get(column, DASH) for column in columns] for row in rows)]
     widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
@@ -67,7 +75,7 @@ def csv_table(groups: Sequence[Group]) -> str:
     return file.getvalue()
 
 
-def _row(group: Group, metric: str, reference: Group | None, *, rates: bool) -> Row:
+def _row(group: Group, metric: str, reference: Group | None, extras: Sequence[str], *, rates: bool) -> Row:
     row = {"name": _plain(group.label), "seeds": str(len(group.runs))}
     row[f"held-out {METRICS[metric]}"] = _with_spread(group.spread("metrics", metric))
     if reference is not None:
@@ -79,18 +87,21 @@ def _row(group: Group, metric: str, reference: Group | None, *, rates: bool) -> 
         row["learning rate"] = _rates(group)
     speeds = list(group.values("metrics", "tokens_per_second").values())
     row["tokens/s"] = f"{median(speeds):,.0f}" if speeds else DASH
-    row["active / total parameters, M"] = _pair(group, "params_active", "params_total", ".3f", scale=1e-6)
+    parameters = ("params_active", "params_total")
+    row["active / total parameters, M"] = _means(group, parameters, ".3f", scale=1e-6)
     flops = group.spread("flops_per_token")
     row["FLOPs per token, M"] = f"{flops.mean / 1e6:.2f}" if flops else DASH
     for name, title in (("specialisation", "specialisation / random"), ("cka", "CKA / random")):
-        row[title] = _pair(group, name, f"{name}_random", ".3f", inside="experts")
+        row[title] = _means(group, (name, f"{name}_random"), ".3f", inside="experts")
     for name, title, form in (("max_violation", "MaxVio", ".2f"), ("load_entropy", "load entropy", ".3f")):
         value = group.spread("experts", name)
         row[title] = format(value.mean, form) if value else DASH
+    for title in extras:
+        row[title] = _means(group, EXTRAS[title], ".3f", inside="experts")
     return row
 
 
-def _references(groups: Sequence[Group], metric: str) -> Iterator[Row]:
+def references(groups: Sequence[Group], metric: str) -> Iterator[Row]:
     """The rows of the unigram model and of chance; seeds may differ in what they hold out."""
     runs = [run for group in groups for run in group.runs]
     for key, name in REFERENCES.items():
@@ -127,11 +138,11 @@ def _difference(value: Spread | None) -> str:
     return f"{value.mean:+.4f} ± {error} ({value.count})".replace("-", "−")
 
 
-def _pair(
-    group: Group, first: str, second: str, form: str, *, inside: str | None = None, scale: float = 1.0
+def _means(
+    group: Group, names: Sequence[str], form: str, *, inside: str | None = None, scale: float = 1.0
 ) -> str:
-    """Two means of a group with a slash between them."""
-    paths = [(inside, name) if inside else (name,) for name in (first, second)]
+    """Means of a group with slashes between them."""
+    paths = [(inside, name) if inside else (name,) for name in names]
     found = [group.spread(*path) for path in paths]
     if not any(found):
         return DASH

@@ -1,4 +1,4 @@
-"""Expert load: which experts the tokens are routed to, at the end and over time."""
+"""Expert load: which experts the tokens are routed to, at the end and over time, and what overflows."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import style
-from analysis.series import expert_names, live, series, steps
+from analysis.lines import from_zero, layer_colours, layer_legend, layer_lines
+from analysis.series import expert_names, has, live, series, steps
 from graphmoe.checkpoint import RunRecord
 
 
@@ -78,6 +79,36 @@ def expert_load_over_time(record: RunRecord) -> Figure:
     axes[0].set_ylim(bottom=0)
     met = alive.any((0, 1))
     _legend(fig, [(name, colour) for name, colour, once in zip(names, colours, met, strict=True) if once])
+    return fig
+
+
+@style.styled
+def drop_rate(record: RunRecord) -> Figure:
+    """Share of the routing edges that the capacity of the experts dropped while the model was trained.
+
+    The dashed line is what a router drops that chooses at random; an even load drops nothing.
+    """
+    dropped, at = 100 * series(record, "drop_rate"), steps(record)  # [S, L], per cent
+    fig = style.new_figure(6.6, 3.4, "Dropped edges")
+    ax, colours = fig.subplots(), layer_colours(dropped.shape[1])
+    layer_lines(ax, at, dropped, colours)
+    ax.set_ylabel("routing edges dropped, %")
+    others, highest = [], dropped
+    if has(record, "drop_rate_random"):
+        chance = 100 * series(record, "drop_rate_random")
+        look = {"color": style.INK, "linestyle": "--", "linewidth": 1.2}
+        if len(at) == 1:
+            ax.axhline(chance.max(), **look)
+        ax.plot(at, chance.max(axis=1), **look)
+        others, highest = [Line2D([], [], label="random choice", **look)], np.append(dropped, chance)
+    last = dropped[-max(1, len(at) // 4) :]
+    ax.set_title(
+        f"training batches · at the end {np.nanmean(last):.2f} %, mean over layers"
+        if np.isfinite(last).any()
+        else ""
+    )
+    from_zero(ax, highest)
+    layer_legend(fig, colours, *others)
     return fig
 
 

@@ -1,6 +1,7 @@
 """Checked access to the time series of a run: every plot reads its numbers through here.
 
-Shapes: S recorded steps, L MoE layers, E experts (primaries first, then G ghosts), H hyperedges.
+Shapes: S recorded steps, L MoE layers, E experts (primaries first, then G ghosts), H hyperedges, N nodes that
+collaborate (experts and maybe a mediator), P and Q numbers of reasoning steps and of rounds that were tried.
 """
 
 import math
@@ -23,6 +24,10 @@ AXES = {
     "overlap": "SL",
     "specialisation": "SL",
     "routing_entropy": "SL",
+    "drop_rate": "SL",
+    "drop_rate_random": "SL",
+    "mediator_gate": "SL",
+    "mediator_gate_std": "SL",
 }
 """Axes of every time series."""
 FINAL = {
@@ -34,9 +39,22 @@ FINAL = {
     "routing_entropy_random": "L",
     "mutual_information": "L",
     "mutual_information_random": "L",
+    "coactivation": "LEE",
+    "coactivation_random": "LEE",
+    "attention": "LNN",
+    "attention_uniform": "L",
+    "mediator_gate": "L",
+    "mediator_gate_std": "L",
+    "inference_loss": "PQ",
+    "inference_error": "PQ",
+    "inference_steps": "P",
+    "inference_rounds": "Q",
+    "inference_trained": "2",
 }
 """Axes of what was measured once, on held-out text after training; recorded as ``final_<name>``."""
-COUNTS = ("step", "ghost_phase", "incidence")
+INFERENCE = ("final_inference_steps", "final_inference_rounds", "final_inference_trained")
+COUNTS = ("step", "ghost_phase", "incidence", *INFERENCE)
+"""What is recorded in integers."""
 
 
 def steps(record: RunRecord) -> np.ndarray:
@@ -98,12 +116,13 @@ def final(record: RunRecord, name: str) -> np.ndarray:
         CheckpointError: If it is missing, empty or does not fit the other records.
     """
     key, axes = f"final_{name}", FINAL[name]
-    values, layers = array(record, key, ndim=len(axes)), _num_layers(record)
-    expected = (layers, num_experts(record), num_experts(record))[: len(axes)]
-    if values.shape != expected:
+    values, sizes = array(record, key, ndim=len(axes)), _final_sizes(record)
+    fits = all(size in sizes[axis] for axis, size in zip(axes, values.shape, strict=True))
+    if not fits or (axes == "LNN" and values.shape[1] != values.shape[2]):
+        expected = [" or ".join(str(size) for size in sizes[axis]) for axis in axes]
         what = f"'{key}' does not fit the other records"
-        raise CheckpointError(what, _where(record), list(expected), list(values.shape))
-    return np.where(np.isfinite(values), values, np.nan)
+        raise CheckpointError(what, _where(record), f"[{', '.join(expected)}]", list(values.shape))
+    return np.where(np.isfinite(values), values, np.nan) if values.dtype.kind == "f" else values
 
 
 def num_ghosts(record: RunRecord) -> int:
@@ -197,11 +216,20 @@ def _layered(record: RunRecord) -> list[np.ndarray]:
     return [record.records[key] for key in AXES if key in record.records]
 
 
-def _num_layers(record: RunRecord) -> int:
+def _num_layers(record: RunRecord) -> int | None:
     """Number of MoE layers L, as the time series have it, or else what was measured at the end."""
     counts = [other.shape[1] for other in _layered(record) if other.ndim > 1]
-    ends = [record.records[f"final_{name}"] for name in FINAL if f"final_{name}" in record.records]
-    return [*counts, *(end.shape[0] for end in ends if end.ndim)][0]
+    keys = [f"final_{name}" for name, axes in FINAL.items() if axes[0] == "L"]
+    ends = [record.records[key] for key in keys if key in record.records]
+    return next(iter([*counts, *(end.shape[0] for end in ends if end.ndim)]), None)
+
+
+def _final_sizes(record: RunRecord) -> dict[str, tuple[int | None, ...]]:
+    """The lengths that each axis of :data:`FINAL` may have."""
+    tried = [record.records.get(key, np.empty(0)).size for key in INFERENCE[:2]]
+    experts = num_experts(record)
+    sizes = {"L": (_num_layers(record),), "E": (experts,), "N": (experts, experts + 1), "2": (2,)}
+    return sizes | {axis: (size,) for axis, size in zip("PQ", tried, strict=True)}
 
 
 def _lookup(entry: dict, key: str) -> object:

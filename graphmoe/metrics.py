@@ -4,6 +4,7 @@ Pure functions of tensors; nothing here is trained on. Entropies and information
 """
 
 import math
+from fractions import Fraction
 from functools import lru_cache
 
 import torch
@@ -169,6 +170,129 @@ def max_violation(load: Tensor, live: Tensor | None = None) -> Tensor:
     load = torch.where(live, _float(load), 0)
     mean = load.sum() / live.sum().clamp(min=1)
     return torch.where(mean > 0, load.max() / torch.where(mean > 0, mean, 1) - 1, 0)
+
+
+def serving(routing: Routing) -> Tensor:
+    """Which experts serve which token, ``[N, E]`` bool."""
+    tokens, experts = routing.logits.shape
+    serves = torch.zeros(tokens, experts + 1, dtype=torch.bool, device=routing.logits.device)
+    serves[routing.token, routing.expert] = True
+    return serves[:, :-1]
+
+
+def coactivation(routing: Routing) -> Tensor:
+    """How often experts serve the same token: share of the tokens that both of them serve.
+
+    Compare with :func:`random_coactivation`: busy experts meet often, whoever chooses them.
+
+    Args:
+        routing: Routing edges; tokens without any do not count.
+
+    Returns:
+        ``[E, E]`` float64, symmetric, in [0, 1]; on the diagonal the share of tokens that the expert serves.
+    """
+    serves = serving(routing).double()
+    return serves.t() @ serves / serves.any(dim=1).sum().clamp(min=1)
+
+
+def random_coactivation(load: Tensor) -> Tensor:
+    r"""How often experts would meet if who serves a token did not depend on who else does.
+
+    Each expert tosses a coin of its own for every token, and the tosses with exactly ``k`` heads count; the
+    coins are such that every expert serves the share ``load`` of the tokens. A set :math:`S` of ``k``
+    experts then has the probability
+
+    .. math::
+        P(S) \propto \prod_{e \in S} \omega_e, \qquad \sum_{S \ni e} P(S) = \mathrm{load}_e,
+
+    the distribution of greatest entropy among all with this ``k`` and these loads. Its weights are found by
+    the iteration of `Chen, Dempster and Liu <https://doi.org/10.1093/biomet/81.3.457>`_. Where loads are
+    equal, two experts meet in ``k (k - 1) / (E (E - 1))`` of all tokens.
+
+    Args:
+        load: Share of the tokens that each expert serves, ``[E]``: the diagonal of :func:`coactivation`. It
+            sums to ``k``.
+
+    Returns:
+        ``[E, E]`` float64, as :func:`coactivation`.
+
+    Raises:
+        ConfigError: A share outside [0, 1], or shares that do not sum to a whole number.
+    """
+    load = load.double().cpu()
+    k = round(load.sum().item())
+    if not bool(((load > -1e-6) & (load < 1 + 1e-6)).all()) or abs(load.sum().item() - k) > 1e-4:
+        raise ConfigError("no load of k experts a token", "load", "shares that sum to k", load.tolist())
+    # Whoever serves all tokens or none has a weight without bounds, and meets the others all the same.
+    chosen = (load > 1e-6) & (load < 1 - 1e-6)
+    free = k - int((load >= 1 - 1e-6).sum())
+    together = load.unsqueeze(0) * load.unsqueeze(1)
+    if free > 0 and chosen.any():
+        part = _pairs_of_sets(load[chosen], free)
+        where = chosen.nonzero().flatten()
+        together[where.unsqueeze(1), where] = part
+    return together.fill_diagonal_(0) + load.diag()
+
+
+def _pairs_of_sets(load: Tensor, k: int) -> Tensor:
+    """Probability of each pair in a set of ``k``, ``[M, M]``, of the loads ``[M]`` strictly inside (0, 1)."""
+    count = load.numel()
+    if 2 * k > count:
+        # The same of those left out, which are fewer: weights of experts nearly always chosen settle slowly.
+        return load.unsqueeze(0) + load.unsqueeze(1) - 1 + _pairs_of_sets(1 - load, count - k)
+    others = 1 - torch.eye(count, dtype=load.dtype)
+    weight = load / (1 - load)
+    for _ in range(1000):
+        # An expert is in the set with weight_e * (sets of k - 1 of the others) / (sets of k).
+        without = _sums_of_sets(weight * others, k - 1)  # [M]
+        served = weight * without
+        served = k * served / served.sum()
+        if (served - load).abs().max() < 1e-9:
+            break
+        weight = load / without
+        weight = weight / weight.log().mean().exp()  # a common factor changes nothing but may overflow
+    if k < 2:
+        return torch.zeros(count, count, dtype=load.dtype)
+    two = weight * others.unsqueeze(0) * others.unsqueeze(1)  # [M, M, M]: all but two
+    pairs = weight.unsqueeze(0) * weight.unsqueeze(1) * _sums_of_sets(two, k - 2)
+    return pairs / _sums_of_sets(weight, k)
+
+
+def _sums_of_sets(weight: Tensor, k: int) -> Tensor:
+    """Sum over all sets of ``k`` entries of ``weight [*, M]`` of their products, ``[*]``."""
+    sums = [torch.ones_like(weight[..., 0])] + [torch.zeros_like(weight[..., 0]) for _ in range(k)]
+    for entry in weight.unbind(dim=-1):
+        for size in range(k, 0, -1):
+            sums[size] = sums[size] + entry * sums[size - 1]
+    return sums[k]
+
+
+@lru_cache(maxsize=256)
+def random_drop_rate(num_tokens: int, num_experts: int, k: int, capacity_factor: float) -> float:
+    r"""Share of the edges that a capacity drops if every token takes ``k`` experts at random.
+
+    .. math::
+        \frac{E}{N k}\, \mathbb{E}\bigl[(X - C)_+\bigr], \qquad X \sim \mathrm{Binomial}(N, k / E), \quad
+        C = \Bigl\lceil \mathrm{capacity\_factor} \cdot \frac{N k}{E} \Bigr\rceil
+
+    Loads vary even then, so a capacity factor of 1 drops some edges; an even load drops none.
+
+    Raises:
+        ConfigError: No token or expert, or ``k`` outside ``[1, E]``.
+    """
+    _at_least_one(num_tokens=num_tokens, num_experts=num_experts, k=k)
+    if k > num_experts:
+        raise ConfigError("more than there are", "k", f"at most {num_experts}", k)
+    if k == num_experts:  # everybody serves everybody
+        return float(max(0, 1 - Fraction(math.ceil(Fraction(str(capacity_factor)) * num_tokens), num_tokens)))
+    capacity = math.ceil(Fraction(str(capacity_factor)) * num_tokens * k / num_experts)
+    edges = torch.arange(num_tokens + 1, dtype=torch.float64)
+    total = torch.tensor(num_tokens + 1.0, dtype=torch.float64).lgamma()
+    ways = total - (edges + 1).lgamma() - (num_tokens - edges + 1).lgamma()
+    share = k / num_experts
+    probability = (ways + edges * math.log(share) + (num_tokens - edges) * math.log1p(-share)).exp()
+    over = ((edges - capacity).clamp(min=0) * probability).sum().item()
+    return over / (num_tokens * share)
 
 
 def mutual_information(expert: Tensor, token_class: Tensor, num_experts: int, num_classes: int) -> Tensor:

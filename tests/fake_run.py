@@ -5,12 +5,14 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from safetensors.numpy import save_file
 
 from graphmoe.checkpoint import read
+from graphmoe.metrics import random_coactivation
 
 HOSTILE = "</script><b>bold</b> $\\frac{ $x$"
 
@@ -26,11 +28,13 @@ def write_run(
     strategy: str = "all_pairs",
     size: int = 2,
     measures: bool = True,
+    collaboration: bool = True,
     result: bool = True,
 ) -> Path:
     """Write a run whose ghost 0 wakes in every layer a third of the way through.
 
-    Without ``measures`` it lacks what only runs with specialisation and orthogonality record.
+    Without ``measures`` it lacks what only runs with specialisation and orthogonality record, without
+    ``collaboration`` what only runs with a capacity and experts that collaborate do.
     """
     path.mkdir(parents=True)
     random, experts = np.random.default_rng(0), primaries + ghosts
@@ -64,6 +68,8 @@ def write_run(
         tensors["ghost_phase"] = np.where(level <= 0, 0, np.where(level < 1, 1, 2)).astype(np.int64)
     if measures:
         tensors |= series_of_experts(records, layers, level) | final_measures(layers, alive[-1])
+    if collaboration:
+        tensors |= series_of_collaboration(records, layers) | final_collaboration(alive[-1])
     save_file(tensors, path / "records.safetensors", metadata=meta)
     lines = []
     for index, at in enumerate(step.tolist()):
@@ -157,6 +163,50 @@ def final_measures(layers: int, alive: np.ndarray) -> dict[str, np.ndarray]:
         "mutual_information_random": np.full(layers, 0.06),
     }
     return {f"final_{name}": value.astype(np.float32) for name, value in measures.items()}
+
+
+def series_of_collaboration(records: int, layers: int) -> dict[str, np.ndarray]:
+    """Dropped edges and the mediator's gate, over ``records`` steps."""
+    random, time = np.random.default_rng(3), np.linspace(0, 1, records)[:, None]
+    noise = np.abs(random.normal(0, 0.01, (records, layers)))
+    series = {
+        "drop_rate": 0.03 + 0.25 * np.exp(-4 * time - 0.2 * np.arange(layers)) + noise,
+        "drop_rate_random": np.full((records, layers), 0.015),
+        "mediator_gate": 0.5 - 0.3 * time * np.linspace(-0.5, 1, layers) + noise,
+        "mediator_gate_std": 0.02 + 0.1 * time + noise,
+    }
+    return {key: value.astype(np.float32) for key, value in series.items()}
+
+
+def final_collaboration(alive: np.ndarray) -> dict[str, np.ndarray]:
+    """What collaborating experts do after training, with a mediator; ``alive [L, E]``."""
+    random, (layers, experts) = np.random.default_rng(4), alive.shape
+    together, chance, attention = [], [], []
+    for awake in alive:
+        # Tokens with two experts each, some of which like to be chosen together.
+        taste = random.normal(0, 1, (4, experts))[random.integers(0, 4, 500)]
+        scores = np.where(awake, taste + random.gumbel(0, 0.7, (500, experts)), -np.inf)
+        serves = (scores >= np.sort(scores)[:, -2:-1]).astype(float)
+        together.append(serves.T @ serves / len(serves))
+        chance.append(random_coactivation(torch.from_numpy(together[-1].diagonal().copy())).numpy())
+        heard = 1 / 3 + 0.08 * random.normal(0, 1, (experts + 1, experts + 1))
+        met = np.pad(together[-1] > 0, (0, 1), constant_values=True)
+        met[:-1, -1] = met[-1, :-1] = awake
+        attention.append(np.where(met, heard.clip(0.02), np.nan))
+    figures = {
+        "coactivation": together,
+        "coactivation_random": chance,
+        "attention": attention,
+        "attention_uniform": np.full(layers, 1 / 3),
+        "mediator_gate": np.linspace(0.6, 0.25, layers),
+        "mediator_gate_std": np.linspace(0.05, 0.15, layers),
+        "inference_loss": 4 + np.array([[0.09, 0.03, 0.0, 0.012], [0.2, 0.1, 0.06, 0.08]]),
+        "inference_error": np.array([[0.004, 0.002, 0.0, 0.001], [0.01, 0.005, 0.004, 0.003]]),
+    }
+    counts = {"steps": [1, 2], "rounds": [0, 1, 2, 4], "trained": [1, 2]}
+    return {f"final_{name}": np.asarray(value, np.float32) for name, value in figures.items()} | {
+        f"final_inference_{name}": np.array(value, np.int64) for name, value in counts.items()
+    }
 
 
 def change(run: Path, meta: dict[str, str] | None = None, **changes: np.ndarray | None) -> Path:

@@ -28,7 +28,6 @@ from graphmoe.typing import Record
 TOKEN_CLASSES = 256
 
 
-@torch.no_grad()
 def mean_loss(model: nn.Module, windows: np.ndarray, *, batch_size: int = 32) -> float:
     """Mean cross-entropy of the next token in nats, without auxiliary losses.
 
@@ -37,18 +36,24 @@ def mean_loss(model: nn.Module, windows: np.ndarray, *, batch_size: int = 32) ->
         windows: Token ids ``[n, T + 1]``; every token but the first of a window is predicted.
         batch_size: Windows scored at once.
     """
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    total = 0.0
-    for start in range(0, len(windows), batch_size):
-        ids = torch.from_numpy(windows[start : start + batch_size]).to(device)
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        # Summed in float64: thousands of batches of fp32 sums would lose digits.
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        total += nats.double().sum().item()
-    model.train(training)
-    return total / windows[:, 1:].size
+    return window_losses(model, windows, batch_size=batch_size).sum().item() / windows[:, 1:].size
+
+
+@torch.no_grad()
+def window_losses(model: nn.Module, windows: np.ndarray, *, batch_size: int = 32, **options) -> Tensor:
+    """Cross-entropy of each window, nats summed over its predicted tokens, ``[n]`` float64 on the CPU.
+
+    Arguments as :func:`mean_loss`; ``options`` are further arguments of the model's forward.
+    """
+    device, sums = next(model.parameters()).device, [torch.zeros(0, dtype=torch.float64)]
+    with evaluating(model):
+        for start in range(0, len(windows), batch_size):
+            ids = torch.from_numpy(windows[start : start + batch_size]).to(device)
+            logits = model(input_ids=ids[:, :-1], use_cache=False, **options).logits
+            # Summed in float64: thousands of batches of fp32 sums would lose digits.
+            nats = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+            sums.append(nats.double().view(len(ids), -1).sum(dim=1).cpu())
+    return torch.cat(sums)
 
 
 @torch.no_grad()
@@ -86,9 +91,9 @@ def probe_experts(model: nn.Module, windows: np.ndarray, *, max_tokens: int = 20
     layers = moe_layers(model)
     if not layers:
         return {}
-    ids = _pick(windows, max_tokens).to(next(model.parameters()).device)
+    ids = pick_inputs(windows, max_tokens).to(next(model.parameters()).device)
     inputs: list[Tensor] = []
-    with _evaluating(model), _inputs_kept(layers, inputs):
+    with evaluating(model), _inputs_kept(layers, inputs):
         records = model(input_ids=ids, output_records=True, use_cache=False, logits_to_keep=1).records
     classes = _token_classes(ids.flatten().cpu())
     rows = [
@@ -102,10 +107,11 @@ def expert_summary(probe: dict[str, Tensor]) -> dict[str, list[float]]:
     """The figures of :func:`probe_experts` as one number a layer, for JSON.
 
     CKA is the mean over pairs of live experts (0 without a pair). Added are ``max_violation`` and
-    ``load_entropy`` of the load among live experts.
+    ``load_entropy`` of the load among live experts, and the ``mediator_gate`` where there is one.
 
     Args:
-        probe: What :func:`probe_experts` returned.
+        probe: What :func:`probe_experts` returned, and maybe
+            :func:`~graphmoe.train.collaboration.probe_collaboration`.
 
     Returns:
         One list of ``L`` floats a figure; empty for an empty probe.
@@ -121,22 +127,34 @@ def expert_summary(probe: dict[str, Tensor]) -> dict[str, list[float]]:
     for name, measure in (("max_violation", max_violation), ("load_entropy", load_entropy)):
         values = [measure(row, alive) for row, alive in zip(probe["final_load"], live, strict=True)]
         figures[name] = torch.stack(values)
+    if "final_mediator_gate" in probe:
+        figures["mediator_gate"] = probe["final_mediator_gate"]
     return {name: values.tolist() for name, values in figures.items()}
 
 
-def _pick(windows: np.ndarray, max_tokens: int) -> Tensor:
-    """Inputs ``[B, T]`` of windows spread over all of them, at most ``max_tokens`` tokens."""
+def pick_windows(windows: np.ndarray, max_tokens: int) -> np.ndarray:
+    """Windows ``[B, T + 1]`` evenly spread over those given: as many as ``max_tokens`` inputs fill, at least
+    one.
+
+    Raises:
+        DataError: No window.
+        ConfigError: ``max_tokens`` below 1.
+    """
     if max_tokens < 1:
-        raise ConfigError("nothing to compare experts on", "max_tokens", "at least 1", max_tokens)
+        raise ConfigError("nothing to measure on", "max_tokens", "at least 1", max_tokens)
     if not windows[:, :-1].size:
-        raise DataError("nothing to compare experts on", "windows", "[n, T + 1] token ids", windows.shape)
+        raise DataError("nothing to measure on", "windows", "[n, T + 1] token ids", windows.shape)
     count = min(len(windows), max(1, max_tokens // (windows.shape[1] - 1)))
-    chosen = np.linspace(0, len(windows) - 1, count).round().astype(int)
-    return torch.from_numpy(windows[chosen, :-1][:, :max_tokens])
+    return windows[np.linspace(0, len(windows) - 1, count).round().astype(int)]
+
+
+def pick_inputs(windows: np.ndarray, max_tokens: int) -> Tensor:
+    """Inputs ``[B, T]`` of :func:`pick_windows`, at most ``max_tokens`` tokens."""
+    return torch.from_numpy(pick_windows(windows, max_tokens)[:, :-1][:, :max_tokens])
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode; afterwards every module is in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -9,17 +9,21 @@ from torch import Tensor, nn
 
 from graphmoe import checkpoint
 from graphmoe.errors import ConfigError
-from graphmoe.loss import gram, load
-from graphmoe.metrics import routing_entropy, specialisation
+from graphmoe.loss import gram
+from graphmoe.metrics import random_drop_rate, routing_entropy, specialisation
 from graphmoe.nn import HyperCoupleConv, MoELayer, moe_layers
+from graphmoe.train.collaboration import gate_spread, gate_sums
 from graphmoe.train.loop import Callback, TrainState
+from graphmoe.train.ranks import sum_of_ranks
+from graphmoe.typing import NEVER, Record
 
 
 class RecordLog(Callback):
-    """Keeps routing, couplings, specialisation, orthogonality and ghosts over time.
+    """Keeps routing, couplings, collaboration, specialisation, orthogonality and ghosts over time.
 
     One row of every series is added at each call; :meth:`write` puts them all into
-    ``records.safetensors``.
+    ``records.safetensors``. Load, dropped edges and gates are those of the last micro-batch of all ranks;
+    entropy, specialisation and overlap those of each rank's share.
 
     Args:
         metadata: Facts of the run, written beside the series.
@@ -51,9 +55,11 @@ class RecordLog(Callback):
         with torch.no_grad():
             row = {
                 "step": torch.tensor(state.step),
-                "load": torch.stack([load(r.routing) for r in outputs.records]),
                 "routing_entropy": torch.stack([routing_entropy(r.routing) for r in outputs.records]),
             }
+            row |= _traffic(state, outputs.records)
+            if all(record.overflow is not None for record in outputs.records):
+                row["drop_rate_random"] = _random_drop_rates(layers, outputs.records)
             row |= self._outputs(model, outputs)
             row |= self._couplings(layers)
             if layers[0].ghosts is not None:
@@ -88,6 +94,13 @@ class RecordLog(Callback):
             row["hyperedge_weight"] = torch.stack([c.hyperedge_weight() for c in first])
         return row
 
+    def summary(self) -> dict[str, list[float]]:
+        """What only training shows, as one number a layer, for JSON: ``drop_rate`` and the chance level
+        ``drop_rate_random``, means over the last quarter of the rows; empty without a capacity."""
+        names = [name for name in ("drop_rate", "drop_rate_random") if self.series.get(name)]
+        rows = {name: torch.stack(self.series[name]) for name in names}  # [S, L]
+        return {name: value[-max(1, len(value) // 4) :].mean(0).tolist() for name, value in rows.items()}
+
     def write(
         self, state: TrainState, model: nn.Module, *, final: Mapping[str, Tensor] | None = None
     ) -> None:
@@ -112,6 +125,37 @@ class RecordLog(Callback):
             if layer.couplers and isinstance(layer.couplers[0], HyperCoupleConv):
                 tensors["incidence"] = layer.couplers[0].hyperedge_index.cpu()
         checkpoint.write_records(state.run_dir / "records.safetensors", tensors, self.metadata)
+
+
+def _traffic(state: TrainState, records: Sequence[Record]) -> dict[str, Tensor]:
+    """What can be counted, of all ranks: ``load [L, E]``; with a capacity ``drop_rate [L]``; with a
+    mediator the mean and the standard deviation of its gate, ``[L]``. All ranks must call this."""
+    counts = {"served": torch.stack([record.routing.ptr.diff() for record in records])}  # [L, E]
+    if all(record.overflow is not None for record in records):
+        counts["dropped"] = torch.stack([record.dropped for record in records])
+    if all(record.gate is not None for record in records):
+        counts["gate"] = torch.stack([gate_sums(record) for record in records])  # [L, 3]
+    counts = sum_of_ranks(state.accelerator, counts)
+    served = counts["served"].float()
+    edges = served.sum(dim=1)
+    row = {"load": served / edges.clamp(min=1).unsqueeze(1)}
+    if "dropped" in counts:
+        row["drop_rate"] = counts["dropped"] / (counts["dropped"] + edges).clamp(min=1)
+    if "gate" in counts:
+        row["mediator_gate"], row["mediator_gate_std"] = gate_spread(counts["gate"])
+    return row
+
+
+def _random_drop_rates(layers: Sequence[MoELayer], records: Sequence[Record]) -> Tensor:
+    """Drop rate of a router that chooses blindly among live experts, on this rank's share, ``[L]``."""
+    rates = []
+    for layer, record in zip(layers, records, strict=True):
+        routing = record.routing
+        edges = int(routing.ptr[-1] + record.dropped)
+        live = int((routing.logits > NEVER / 2).any(dim=0).sum())
+        k = max(1, min(routing.k, live))
+        rates.append(random_drop_rate(max(1, edges // k), max(1, live), k, layer.capacity_factor))
+    return torch.tensor(rates)
 
 
 def _is_static(name: str) -> bool:

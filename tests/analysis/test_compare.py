@@ -11,12 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from fake_run import write_arm, write_run
+from fake_run import texts, write_arm, write_run
 from matplotlib.collections import PathCollection, PolyCollection
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from analysis.compare import Comparison, compare, main
 from analysis.comparison_figure import held_out
 from analysis.groups import paired, spread
+from analysis.trade_off import frontier, points_of, trade_off
 from graphmoe.checkpoint import RunRecord, read
 from graphmoe.errors import CheckpointError, ConfigError
 
@@ -287,6 +292,111 @@ def test_long_names_and_many_groups_are_not_clipped(tmp_path: Path):
     assert len(labels) == 11 and not any(a.overlaps(b) for a, b in pairwise(labels))
 
 
+# Quality against cost --------------------------------------------------------------------------
+
+
+def with_costs(path: Path, arms: dict[str, tuple[float, list[float]]]) -> list[RunRecord]:
+    """Runs by label: FLOPs of a token, and the bits per byte of each seed."""
+    return [
+        read(
+            edit_result(
+                write_arm(path / f"{mode}{seed}", mode=mode, seed=seed, bits=value), flops_per_token=flops
+            )
+        )
+        for mode, (flops, bits) in arms.items()
+        for seed, value in enumerate(bits)
+    ]
+
+
+COSTS = {
+    "dense": (3.0e6, [2.00, 2.02]),
+    "moe": (3.1e6, [1.95, 1.97]),
+    "moc": (4.0e6, [1.90, 1.94]),
+    "wide": (5.0e6, [1.98]),
+    "gnn": (3.1e6, [1.99, 2.01]),
+}
+
+
+def test_each_group_is_a_point_with_its_spread(tmp_path: Path):
+    comparison = compare(with_costs(tmp_path, COSTS))
+    figure = comparison.trade_off()
+    (ax,) = figure.axes
+    bars = [item for item in ax.containers if isinstance(item, ErrorbarContainer)]
+    points = {tuple(np.round(np.ravel(bar.lines[0].get_xydata()), 6)) for bar in bars}
+    assert points == {(3.0e6, 2.01), (3.1e6, 1.96), (4.0e6, 1.92), (5.0e6, 1.98), (3.1e6, 2.0)}
+    (moc,) = (bar for bar in bars if bar.lines[0].get_xdata()[0] == 4.0e6)
+    deviation = statistics.stdev([1.90, 1.94])
+    assert np.allclose(moc.lines[2][0].get_segments()[0][:, 1], [1.92 - deviation, 1.92 + deviation])
+    assert [bar.lines[0].get_marker() for bar in bars] == ["D", "D", "o", "o", "o"]
+    assert ax.get_xscale() == "log"
+    found = texts(figure)
+    assert {"dense", "moe", "moc", "wide", "gnn"} <= set(found)
+    ticks = dict(zip(ax.get_xticks(), (text.get_text() for text in ax.get_xticklabels()), strict=True))
+    shown = {place: text for place, text in ticks.items() if 3e6 <= place <= 5e6}
+    assert len(shown) >= 4
+    assert all(math.isclose(float(text) * 1e6, place) for place, text in shown.items())  # millions
+    assert "off the scale: unigram 2.7000, chance 4.1000" in found
+    bold = {text.get_text() for text in ax.texts if text.get_fontweight() == "bold"}
+    assert bold == {"dense", "moe"}
+
+
+def test_the_frontier_is_what_nobody_beats_for_less(tmp_path: Path):
+    groups = compare(with_costs(tmp_path, COSTS)).groups
+    assert [point.group.label for point in frontier(points_of(groups))] == ["dense", "moe", "moc"]
+    (line,) = (line for line in trade_off(groups).axes[0].lines if len(line.get_xdata()) == 6)
+    expected = [(3e6, 2.01), (3.1e6, 2.01), (3.1e6, 1.96), (4e6, 1.96), (4e6, 1.92), (4e7, 1.92)]
+    assert np.allclose(line.get_xydata(), expected)
+
+
+def test_groups_without_a_cost_are_counted_and_without_any_there_is_no_picture(tmp_path: Path):
+    runs = with_costs(tmp_path, {"moe": (3e6, [1.9]), "ghost": (None, [1.8])})
+    comparison = compare(runs)
+    assert "1 of 2 groups without FLOPs or score" in " ".join(texts(comparison.trade_off()))
+    paths = compare([runs[1]]).save(tmp_path / "out")
+    assert [path.name for path in paths] == ["comparison.md", "comparison.csv", "comparison.png"]
+
+
+def boxes(figure: Figure) -> list[Bbox]:
+    """Where the names of points are: without the lines that join them to their points."""
+    figure.draw_without_rendering()
+    return [Text.get_window_extent(text) for text in figure.axes[0].texts]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("groups, named", [(9, "moc · top_k=2"), (30, "3")])
+def test_names_of_points_meet_neither_one_another_nor_a_point(tmp_path: Path, groups: int, named: str):
+    random = np.random.default_rng(0)
+    runs = []
+    for k in range(groups):  # the first two lie apart, all others close together
+        run = write_arm(
+            tmp_path / str(k), mode="moc", top_k=k, bits=1.9 + 0.1 * (k == 0) + 0.02 * random.random()
+        )
+        runs.append(read(edit_result(run, flops_per_token=3e6 * (1 + (k == 1) + 0.3 * random.random()))))
+    figure = compare(runs).trade_off()
+    ax, names = figure.axes[0], boxes(figure)
+    assert named in [text.get_text().replace("\n", " · ") for text in ax.texts] and len(names) == groups
+    points = [
+        ax.transData.transform((point.flops, point.quality.mean)) for point in points_of(compare(runs).groups)
+    ]
+    for index, box in enumerate(names):
+        assert not any(box.overlaps(other) for other in names[index + 1 :])
+        assert not any(box.contains(*point) for point in points)
+        assert ax.get_window_extent().padded(2).fully_containsx(box.x0)
+    (width, height), box = figure.get_size_inches(), figure.get_tightbbox()
+    assert min(box.x0, box.y0, width - box.x1, height - box.y1) > -0.01
+    if groups == 30:  # numbers, and a key
+        assert "3  moc · top_k=2" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_figures_that_only_some_models_have_get_columns(tmp_path: Path, records: list[RunRecord]):
+    assert not {"dropped / random", "mediator gate"} & set(rows(compare(records))["moe"])
+    experts = {"drop_rate": [0.1, 0.05], "drop_rate_random": [0.02, 0.02], "mediator_gate": [0.4, 0.3]}
+    moc = read(edit_result(write_arm(tmp_path / "moc", mode="moc"), experts=experts))
+    table = rows(compare([*records, moc]))
+    assert table["moc"]["dropped / random"] == "0.075 / 0.020" and table["moc"]["mediator gate"] == "0.350"
+    assert table["moe"]["dropped / random"] == "–"
+
+
 # What is refused -------------------------------------------------------------------------------
 
 
@@ -315,11 +425,13 @@ def test_command_prints_and_writes_the_table(
     assert main([*runs, "--out", str(out), "--baseline", "dense"]) == 0
     printed, comparison = capsys.readouterr().out, compare(records, baseline="dense")
     assert printed.startswith(comparison.markdown()) and "against dense" in printed
-    assert printed.splitlines()[-3:] == [str(out / f"comparison.{end}") for end in ("md", "csv", "png")]
+    names = ["comparison.md", "comparison.csv", "comparison.png", "trade_off.png"]
+    assert printed.splitlines()[-4:] == [str(out / name) for name in names]
     assert (out / "comparison.md").read_text() == comparison.markdown()
     assert (out / "comparison.csv").read_text() == comparison.csv()
-    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    assert len(list(out.iterdir())) == 3
+    for name in names[2:]:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert len(list(out.iterdir())) == 4
 
 
 @pytest.mark.parametrize(

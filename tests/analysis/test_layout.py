@@ -13,6 +13,7 @@ from graphmoe.checkpoint import read
 
 WITH_TEXT = ["hypergraph", "expert_load_over_time"]
 WITH_LAYERS = ["specialisation", "routing_information", "orthogonality"]
+TOGETHER = ["drop_rate", "expert_coactivation", "collaboration_attention", "mediator_gate", "inference_knobs"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -24,6 +25,9 @@ WITH_LAYERS = ["specialisation", "routing_information", "orthogonality"]
         ({"layers": 8, "primaries": 8, "ghosts": 4, "records": 9}, ["expert_load", "ghost_timeline"]),
         ({"layers": 4, "primaries": 8, "ghosts": 2, "records": 9}, ["expert_connections", *WITH_LAYERS]),
         ({"layers": 2, "primaries": 30, "ghosts": 0, "records": 2}, WITH_TEXT),
+        ({"layers": 1, "primaries": 3, "ghosts": 0, "records": 1}, TOGETHER),
+        ({"layers": 3, "primaries": 8, "ghosts": 1, "records": 9}, TOGETHER),
+        ({"layers": 5, "primaries": 14, "ghosts": 0, "records": 9}, TOGETHER[1:3]),
     ],
 )
 def test_nothing_is_clipped_and_no_titles_overlap(tmp_path: Path, options: dict, names: list[str]):

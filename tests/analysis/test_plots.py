@@ -26,12 +26,17 @@ ALL = [
     "training_curves",
     "expert_load",
     "expert_load_over_time",
+    "drop_rate",
+    "expert_coactivation",
     "expert_connections",
     "expert_connections_change",
     "expert_connections_over_time",
     "hypergraph",
     "hyperedge_weights",
     "ghost_timeline",
+    "collaboration_attention",
+    "mediator_gate",
+    "inference_knobs",
     "specialisation",
     "expert_similarity",
     "routing_information",
@@ -39,6 +44,13 @@ ALL = [
 ]
 OVER_TIME = {"expert_connections_change", "expert_connections_over_time"}
 HYPEREDGES = {"hypergraph", "hyperedge_weights"}
+COLLABORATION = {
+    "drop_rate",
+    "expert_coactivation",
+    "collaboration_attention",
+    "mediator_gate",
+    "inference_knobs",
+}
 MEASURES = {"specialisation", "expert_similarity", "routing_information", "orthogonality"}
 
 
@@ -59,6 +71,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"coupling": "gnn"}, HYPEREDGES),
         ({"coupling": "none"}, {"expert_connections"} | OVER_TIME | HYPEREDGES),
         ({"measures": False}, MEASURES),
+        ({"collaboration": False}, COLLABORATION),
     ],
 )
 def test_a_run_has_the_plots_that_fit_it(tmp_path: Path, options: dict, missing: set[str]):
@@ -67,7 +80,11 @@ def test_a_run_has_the_plots_that_fit_it(tmp_path: Path, options: dict, missing:
 
 
 def test_a_dense_or_empty_run_offers_no_expert_plots(tmp_path: Path):
-    dense = read(write_run(tmp_path / "dense", primaries=1, ghosts=0, coupling="none", measures=False))
+    dense = read(
+        write_run(
+            tmp_path / "dense", primaries=1, ghosts=0, coupling="none", measures=False, collaboration=False
+        )
+    )
     assert list(analysis.plots(dense)) == ["training_curves"]
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.yaml").write_text("k: 1\n")
@@ -258,6 +275,19 @@ def test_ghost_transitions_are_marked_with_their_steps(run: Path):
         ("specialisation", {}, {"final_specialisation": np.zeros(3, np.float32)}),
         ("expert_similarity", {}, {"final_cka": np.zeros((2, 6, 5), np.float32)}),
         ("routing_information", {}, {"final_routing_entropy_random": np.zeros((2, 1), np.float32)}),
+        ("drop_rate", {}, {"drop_rate": np.zeros((20, 3), np.float32)}),
+        ("drop_rate", {}, {"drop_rate_random": np.zeros((19, 2), np.float32)}),
+        ("expert_coactivation", {}, {"final_coactivation": np.zeros((2, 5, 5), np.float32)}),
+        ("expert_coactivation", {}, {"final_coactivation_random": np.zeros((2, 6), np.float32)}),
+        ("collaboration_attention", {}, {"final_attention": np.zeros((2, 8, 8), np.float32)}),
+        ("collaboration_attention", {}, {"final_attention": np.zeros((2, 6, 7), np.float32)}),
+        ("collaboration_attention", {}, {"final_attention_uniform": np.zeros(3, np.float32)}),
+        ("mediator_gate", {}, {"mediator_gate": np.zeros((20, 3), np.float32)}),
+        ("mediator_gate", {}, {"final_mediator_gate": np.zeros((2, 1), np.float32)}),
+        ("inference_knobs", {}, {"final_inference_loss": np.zeros((2, 3), np.float32)}),
+        ("inference_knobs", {}, {"final_inference_steps": np.ones(2, np.float32)}),
+        ("inference_knobs", {}, {"final_inference_trained": np.array([1, 2, 4])}),
+        ("inference_knobs", {}, {"final_inference_trained": np.array([3, 2])}),
         ("orthogonality", {}, {"overlap": np.zeros((19, 2), np.float32)}),
         ("hyperedge_weights", {}, {"incidence": np.array([[0, 6], [0, 0]])}),
         ("hyperedge_weights", {}, {"incidence": np.array([[0, 1], [0, 15]])}),

@@ -10,7 +10,7 @@ from graphmoe import metrics
 from graphmoe.errors import ConfigError, DataError
 from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM
 from graphmoe.nn import MoELayer
-from graphmoe.train.evaluate import expert_summary, mean_loss, probe_experts
+from graphmoe.train.evaluate import expert_summary, mean_loss, probe_experts, window_losses
 
 WINDOWS = np.random.default_rng(0).zipf(1.4, (12, 17)).clip(1, 60)
 
@@ -115,7 +115,7 @@ def test_dense_routing_carries_no_information():
 
 
 def test_rare_ids_are_one_class():
-    net = build(vocab_size=2000, hidden_size=8)
+    net = build(vocab_size=2000, hidden_size=8, max_position_embeddings=4000)
     often, rare = np.arange(255).repeat(4), np.arange(1000, 1900)
     ids = np.random.default_rng(1).permutation(np.concatenate([often, rare]))
     windows = np.concatenate([ids, ids[:1]])[None]  # the last token is not read
@@ -207,6 +207,19 @@ def test_wrong_input():
         probe_experts(build(), WINDOWS[:0])
     with pytest.raises(ConfigError, match="max_tokens"):
         probe_experts(build(), WINDOWS, max_tokens=0)
+
+
+@torch.no_grad()
+def test_window_losses_are_sums_over_the_tokens_of_each_window(double):
+    net = build().double()
+    losses = window_losses(net, WINDOWS, batch_size=5)
+    assert losses.shape == (12,) and losses.dtype == torch.float64
+    ids = torch.from_numpy(WINDOWS)
+    logits = net.eval()(ids[:, :-1]).logits
+    for row in range(12):
+        want = torch.nn.functional.cross_entropy(logits[row].float(), ids[row, 1:], reduction="sum")
+        assert losses[row].item() == pytest.approx(want.item(), rel=1e-6)
+    assert mean_loss(net, WINDOWS) == pytest.approx(losses.sum().item() / WINDOWS[:, 1:].size)
 
 
 def test_mean_loss_leaves_the_mode_alone():

@@ -74,6 +74,86 @@ def test_experts_that_served_nobody_do_not_count(tmp_path):
         assert log.series["specialisation"][0][layer].item() == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.0, 4.0])
+def test_dropped_edges_are_a_share_of_all_that_the_router_wanted(tmp_path, factor):
+    net, at = build(coupling="none", capacity_factor=factor), state(tmp_path)
+    log = RecordLog({})
+    seen = record(log, net, at, (1, 2))
+    for row, out in enumerate(seen):
+        for layer, r in enumerate(out.records):
+            want = int(r.overflow.sum()) / (2 * 12 * 2)
+            assert log.series["drop_rate"][row][layer].item() == pytest.approx(want)
+            assert (want == 0) == (factor == 4.0)
+            kept = r.routing.ptr.diff().float()
+            torch.testing.assert_close(log.series["load"][row][layer], kept / kept.sum())
+    chance = metrics.random_drop_rate(24, 4, 2, factor)
+    assert log.series["drop_rate_random"][-1].tolist() == pytest.approx([chance] * 2)
+    want = torch.stack(log.series["drop_rate"])[-1:].mean(dim=0)
+    assert log.summary()["drop_rate"] == want.tolist()
+    assert set(log.summary()) == {"drop_rate", "drop_rate_random"}
+
+
+def test_without_a_capacity_there_is_no_drop_rate(tmp_path):
+    log = RecordLog({})
+    record(log, build(), state(tmp_path), (1,))
+    assert "drop_rate" not in log.series and log.summary() == {}
+
+
+def test_chance_of_a_drop_counts_live_experts_only(tmp_path):
+    net, log = build(num_ghosts=2, coupling="none", capacity_factor=1.0), RecordLog({})
+    record(log, net, state(tmp_path), (1,))
+    want = metrics.random_drop_rate(24, 4, 2, 1.0)
+    assert log.series["drop_rate_random"][0].tolist() == pytest.approx([want] * 2)
+
+
+def test_gates_are_means_over_tokens(tmp_path):
+    net, log = build(coupling="collab", fusion="gated"), RecordLog({})
+    for layer in net.moe_layers():
+        torch.nn.init.normal_(layer.fusion.gate.weight, std=1.0)
+    (out,) = record(log, net, state(tmp_path), (1,))
+    for layer, r in enumerate(out.records):
+        assert log.series["mediator_gate"][0][layer].item() == pytest.approx(r.gate.mean().item())
+        want = r.gate.std(correction=0).item()
+        assert log.series["mediator_gate_std"][0][layer].item() == pytest.approx(want, rel=1e-5)
+        assert want > 0.01
+    assert "coupling" not in log.series  # attention is another for each token
+
+
+def test_counts_are_those_of_all_ranks(tmp_path):
+    """Two ranks with tokens of their own; what the other one sends is added to what a rank sends."""
+    net = build(coupling="collab", fusion="gated", capacity_factor=1.0)
+    both, sent = [outputs(net), outputs(net)], []
+    at = [state(tmp_path, step=1, main=rank == 0) for rank in (0, 1)]
+
+    def reduce_of(rank):
+        def reduce(values, how):
+            assert how == "sum"
+            sent.append(values)
+            return values + (sent[0] if rank == 0 else 0)
+
+        return reduce
+
+    logs = [RecordLog({}), RecordLog({})]
+    for rank in (1, 0):
+        at[rank].accelerator.num_processes, at[rank].accelerator.reduce = 2, reduce_of(rank)
+        logs[rank].on_step(at[rank], net, both[rank])
+    # The rank that does not write takes part, once, and sends as much.
+    assert len(sent) == 2 and sent[0].shape == sent[1].shape
+    for layer, pair in enumerate(zip(*(out.records for out in both), strict=True)):
+        kept = sum(r.routing.ptr.diff() for r in pair).float()
+        torch.testing.assert_close(logs[0].series["load"][0][layer], kept / kept.sum())
+        assert not torch.allclose(logs[0].series["load"][0][layer], logs[1].series["load"][0][layer])
+        dropped = sum(int(r.dropped) for r in pair)
+        assert dropped > 0
+        want = dropped / (dropped + kept.sum().item())
+        assert logs[0].series["drop_rate"][0][layer].item() == pytest.approx(want)
+        served = [r.gate[metrics.serving(r.routing).any(dim=1)] for r in pair]
+        want = torch.cat(served)
+        assert logs[0].series["mediator_gate"][0][layer].item() == pytest.approx(want.mean().item())
+        got = logs[0].series["mediator_gate_std"][0][layer].item()
+        assert got == pytest.approx(want.std(correction=0).item(), rel=1e-4)
+
+
 def test_no_outputs_no_specialisation(tmp_path):
     net, at, log = build(coupling="none"), state(tmp_path), RecordLog({})
     record(log, net, at, (1,))
