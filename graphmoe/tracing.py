@@ -7,6 +7,7 @@ from torch_geometric.data import HeteroData
 from graphmoe.errors import ConfigError
 from graphmoe.graph import to_hetero
 from graphmoe.nn import AttendConv, MoELayer, edge_form, moe_layers
+from graphmoe.nn.rows import attention_of_experts
 from graphmoe.typing import ATTENDS, COUPLES, EXPERT, ROUTES, TOKEN, Record
 
 
@@ -17,7 +18,9 @@ def trace(model: nn.Module, **inputs: Tensor) -> HeteroData:
     Nodes: ``token`` (position ``b * T + t``) and ``expert`` (``layer * E + e``, attributes ``layer``,
     ``index`` and ``level``). Edges, each with ``weight`` and ``layer``: ``token attends token``
     (attention, mean over heads), ``token routes expert`` (routing weight) and ``expert couples
-    expert`` (strength of the coupling, the part that is the same for all tokens).
+    expert``: the part of a coupling's strength that is the same for all tokens, or of collaborating experts
+    the attention of one to another, mean over the tokens that have both, heads and rounds (mediators are no
+    nodes of it).
 
     Args:
         model: A language model of this library.
@@ -34,8 +37,10 @@ def trace(model: nn.Module, **inputs: Tensor) -> HeteroData:
     for conv in model.modules():
         if isinstance(conv, AttendConv):
             hooks.append(conv.register_propagate_forward_pre_hook(_keep_attention(attention)))
-    training = model.training
+    training, tracked = model.training, [layer.track_attention for layer in layers]
     model.eval()
+    for layer in layers:
+        layer.track_attention = True
     try:
         with edge_form(model):
             records = model(**inputs, output_records=True, use_cache=False).records
@@ -43,6 +48,8 @@ def trace(model: nn.Module, **inputs: Tensor) -> HeteroData:
         for hook in hooks:
             hook.remove()
         model.train(training)
+        for layer, before in zip(layers, tracked, strict=True):
+            layer.track_attention = before
     return _assemble(layers, records, attention)
 
 
@@ -64,7 +71,7 @@ def _assemble(
         target = record.routing.expert[:live] + index * num_experts
         edges = torch.stack([record.routing.token[:live], target])
         routes.append((edges.cpu(), record.routing.weight[:live].float().cpu()))
-        strength = layer.connections()
+        strength = _strength(layer, record)
         if strength is not None:
             to, source = (strength > 0).nonzero(as_tuple=True)
             edges = torch.stack([source, to]) + index * num_experts
@@ -87,3 +94,12 @@ def _assemble(
         "level": torch.cat(levels),
     }
     return to_hetero({TOKEN: num_tokens, EXPERT: count}, edges, attributes, {EXPERT: nodes})
+
+
+def _strength(layer: MoELayer, record: Record) -> Tensor | None:
+    """How strongly each expert (row) hears each other (column), ``[E, E]``; ``None`` if nobody talks."""
+    if record.attention is None or not record.attention.size(0):
+        return layer.connections()
+    heard, met, _ = attention_of_experts(record)
+    experts = slice(record.routing.num_experts)
+    return (heard / met.clamp(min=1))[experts, experts]

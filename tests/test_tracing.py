@@ -35,6 +35,33 @@ def test_trace_of_a_language_model():
     assert not asleep[couples.edge_index].any() and (couples.weight > 0).all()
 
 
+def test_trace_of_collaborating_experts():
+    """Who heard whom, from the attention at the tokens where both served."""
+    config = GraphMoEConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_experts=4, coupling="collab", fusion="gated", reasoning_steps=2,
+    )  # fmt: skip
+    model = GraphMoEForCausalLM(config).eval()
+    ids = torch.randint(31, (2, 9))
+    data = graphmoe.trace(model, input_ids=ids)
+    assert data.validate() and not any(layer.track_attention for layer in model.moe_layers())
+    model.moe_layers()[1].track_attention = True
+    record = model(ids, output_records=True).records[1]
+    slots = torch.empty_like(record.routing.expert).scatter_(0, record.routing.perm, record.routing.expert)
+    slots = slots.view(-1, 2)
+    couples = data[COUPLES]
+    mine = couples.layer == 1
+    pairs = list(zip(*(couples.edge_index[:, mine] - 4).tolist(), couples.weight[mine].tolist(), strict=True))
+    assert {p[:2] for p in pairs} >= {(a, b) for a, b in slots.tolist()}
+    for source, target, weight in pairs:
+        seen = [
+            record.attention[:, n, :, i, j].mean()
+            for n in range(18) for i in range(2) for j in range(2)
+            if slots[n, i] == target and slots[n, j] == source
+        ]  # fmt: skip
+        assert weight == pytest.approx(torch.stack(seen).mean().item(), rel=1e-4)
+
+
 def test_nothing_to_trace():
     with pytest.raises(ConfigError, match=r"nothing to trace.*got 'Linear'"):
         graphmoe.trace(torch.nn.Linear(2, 2))

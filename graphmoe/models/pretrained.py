@@ -78,7 +78,10 @@ class GraphMoEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, FeedForward):
             init.normal_(module.down_proj.weight, std=std * self._branch_scale)
         elif isinstance(module, GatedFusion):
-            init.normal_(module.lin.weight, std=std * self._branch_scale)
+            # A norm behind it sets the size of the branch, and a map that starts small learns slowly.
+            normed = self.config.post_norm is not None
+            size = module.lin.in_features**-0.5 if normed else std * self._branch_scale
+            init.normal_(module.lin.weight, std=size)
         elif isinstance(module, Block) and module.post_norm is not None:
             init.constant_(module.feed_forward_post_norm.weight, float(module.post_norm))
 

@@ -11,6 +11,7 @@ from graphmoe.nn.expert import (
 )
 from graphmoe.nn.fuse import GatedFusion, ProjectedFusion, SumFusion
 from graphmoe.nn.moe import MoELayer, moe_layers
+from graphmoe.nn.norm import RMSNorm
 from graphmoe.nn.route import ContextualRouter, DenseRouter, TopKRouter, limit_capacity
 from graphmoe.nn.row_attention import RowAttention
 
@@ -30,6 +31,7 @@ __all__ = [
     "MoELayer",
     "OrthogonalityStrength",
     "ProjectedFusion",
+    "RMSNorm",
     "RowAttention",
     "SumFusion",
     "TopKRouter",

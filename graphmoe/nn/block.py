@@ -4,6 +4,7 @@ from torch.utils.checkpoint import checkpoint
 from graphmoe.nn.attend import AttendConv
 from graphmoe.nn.expert import FeedForward
 from graphmoe.nn.moe import MoELayer
+from graphmoe.nn.norm import RMSNorm
 from graphmoe.typing import Record
 
 
@@ -43,12 +44,12 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.attend, self.feed_forward = attend, feed_forward
-        self.attend_norm = nn.RMSNorm(channels, eps=norm_eps)
-        self.feed_forward_norm = nn.RMSNorm(channels, eps=norm_eps)
+        self.attend_norm = RMSNorm(channels, eps=norm_eps)
+        self.feed_forward_norm = RMSNorm(channels, eps=norm_eps)
         self.post_norm = post_norm
         self.feed_forward_post_norm = None
         if post_norm is not None:
-            self.feed_forward_post_norm = nn.RMSNorm(channels, eps=norm_eps)
+            self.feed_forward_post_norm = RMSNorm(channels, eps=norm_eps)
             nn.init.constant_(self.feed_forward_post_norm.weight, post_norm)
         self.dropout = nn.Dropout(dropout)
 

@@ -11,8 +11,14 @@ from graphmoe.nn.fuse import GatedFusion, SumFusion
 from graphmoe.nn.resolver import resolve_coupling, resolve_experts, resolve_fusion, resolve_router
 from graphmoe.nn.route import ContextualRouter, DenseRouter, limit_capacity
 from graphmoe.nn.route.capacity import check_capacity_factor
-from graphmoe.nn.rows import equal_weights, expert_means, unexplained_by
-from graphmoe.typing import Record, Routing
+from graphmoe.nn.rows import (
+    equal_weights,
+    expert_means,
+    outputs_of_all,
+    outputs_of_chosen,
+    unexplained_by,
+)
+from graphmoe.typing import Record
 
 
 class MoELayer(nn.Module):
@@ -198,8 +204,12 @@ class MoELayer(nn.Module):
         batch = None if batch is None else batch.flatten()
         mask = None if mask is None else mask.flatten()
         level = None if self.ghosts is None else self.ghosts()
-        outputs = self._every_expert(x, steps) if isinstance(self.router, ContextualRouter) else None
-        routing = self._route(x if outputs is None else outputs, batch, mask)
+        options = {} if steps is None else {"steps": steps}
+        outputs = None
+        if isinstance(self.router, ContextualRouter):
+            outputs = outputs_of_all(self.experts, x, **options)  # [N, E, D]
+        offset = None if self.ghosts is None else self.ghosts.offset()
+        routing = self.router(x if outputs is None else outputs, batch=batch, mask=mask, offset=offset)
         overflow = None
         if self.capacity_factor is not None and self.training:
             routing, overflow = limit_capacity(routing, self.capacity_factor, batch)
@@ -212,10 +222,11 @@ class MoELayer(nn.Module):
             inverse = torch.empty_like(row).scatter_(0, routing.perm, row)  # place -> row
             expert = routing.expert.index_select(0, inverse).view(-1, self.k)
             if outputs is None:
-                rows = self._rows(x, routing, steps)  # [R, D], sorted by expert
+                edges = torch.stack([routing.token, row])
+                rows = self.experts(x, edges, routing.expert, routing.ptr, routing.perm, **options)  # [R, D]
                 slots = rows.index_select(0, inverse).view(-1, self.k, x.size(1))  # [N, k, D]
             else:
-                slots = _chosen(outputs, expert)
+                slots = outputs_of_chosen(outputs, expert)
                 rows = slots.flatten(0, 1).index_select(0, routing.perm)
             if self.mean:
                 weight = equal_weights(expert, routing.num_experts, level)
@@ -240,27 +251,6 @@ class MoELayer(nn.Module):
         plain = type(self.experts) is ExpertConv and type(self.fusion) is SumFusion
         chosen_first = not isinstance(self.router, ContextualRouter)
         return plain and chosen_first and not self.track_outputs and not self.mean
-
-    def _route(self, x: Tensor, batch: Tensor | None, mask: Tensor | None) -> Routing:
-        offset = None if self.ghosts is None else self.ghosts.offset()
-        return self.router(x, batch=batch, mask=mask, offset=offset)
-
-    def _rows(self, x: Tensor, routing: Routing, steps: int | None) -> Tensor:
-        row = torch.arange(routing.token.numel(), device=x.device)
-        edges = torch.stack([routing.token, row])
-        options = {} if steps is None else {"steps": steps}
-        return self.experts(x, edges, routing.expert, routing.ptr, routing.perm, **options)
-
-    def _every_expert(self, x: Tensor, steps: int | None) -> Tensor:
-        """Output of every expert on every token, ``[N, E, D]``."""
-        tokens, experts = x.size(0), self.experts.num_experts
-        place = torch.arange(tokens * experts, device=x.device)
-        token, expert = place % max(tokens, 1), place.div(max(tokens, 1), rounding_mode="floor")
-        ptr = torch.arange(experts + 1, device=x.device) * tokens
-        options = {} if steps is None else {"steps": steps}
-        edges = torch.stack([token, place])
-        rows = self.experts(x, edges, expert, ptr, token * experts + expert, **options)
-        return rows.view(experts, tokens, x.size(1)).transpose(0, 1)
 
     def _couple(
         self, slots: Tensor, expert: Tensor, level: Tensor | None, rounds: int | None
@@ -328,11 +318,3 @@ class MoELayer(nn.Module):
 def moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of a model, in the order of its modules."""
     return [module for module in model.modules() if isinstance(module, MoELayer)]
-
-
-def _chosen(outputs: Tensor, expert: Tensor) -> Tensor:
-    """Outputs ``[N, k, D]`` of the chosen experts ``[N, k]`` among those of all, ``[N, E, D]``; 0 if
-    absent."""
-    present = (expert < outputs.size(1)).unsqueeze(-1)
-    index = expert.clamp(max=outputs.size(1) - 1).unsqueeze(-1).expand(-1, -1, outputs.size(2))
-    return torch.where(present, outputs.gather(1, index), 0.0)

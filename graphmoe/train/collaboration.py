@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graphmoe.errors import ConfigError
 from graphmoe.metrics import random_coactivation, serving
 from graphmoe.nn import IterativeExpert, MoELayer, moe_layers
+from graphmoe.nn.rows import attention_of_experts
 from graphmoe.train.evaluate import evaluating, pick_inputs, pick_windows, window_losses
 from graphmoe.typing import Record
 
@@ -175,35 +176,11 @@ def _sums(record: Record) -> dict[str, Tensor]:
     serves = serving(record.routing).double()
     sums = {"tokens": serves.any(dim=1).sum(), "together": serves.t() @ serves}
     if record.attention is not None and record.attention.size(0):
-        sums |= _attention_sums(record)
+        heard, met, uniform = attention_of_experts(record)
+        sums |= {"heard": heard, "met": met, "uniform": uniform.sum()}
     if record.gate is not None:
         sums["gate"] = gate_sums(record)
     return {name: value.cpu() for name, value in sums.items()}
-
-
-def _attention_sums(record: Record) -> dict[str, Tensor]:
-    """Sums over tokens of attention between experts (and the mediator), and how often they met."""
-    attention = record.attention.double().mean(dim=(0, 2))  # [N, nodes, nodes]
-    routing = record.routing
-    experts, slots = routing.num_experts, routing.k
-    # A place for every expert, one for the mediator, and one for whatever is absent.
-    node = torch.empty_like(routing.expert).scatter_(0, routing.perm, routing.expert).view(-1, slots)
-    present = node < experts
-    node = torch.where(present, node, experts + 1)
-    if attention.size(1) > slots:
-        served = present.any(dim=1, keepdim=True)
-        node = torch.cat([node, torch.where(served, experts, experts + 1)], dim=1)
-    size = experts + 2
-    pair = (node.unsqueeze(2) * size + node.unsqueeze(1)).flatten()  # (target, source)
-    heard = attention.new_zeros(size * size).index_add(0, pair, attention.flatten())
-    met = torch.bincount(pair, minlength=size * size)
-    kept = slice(experts + (attention.size(1) > slots))
-    nodes = (node <= experts).sum(dim=1)  # [N]
-    return {
-        "heard": heard.view(size, size)[kept, kept],
-        "met": met.view(size, size)[kept, kept],
-        "uniform": torch.where(nodes > 0, 1 / nodes.clamp(min=1), 0).double().sum(),
-    }
 
 
 def _figures(sums: dict[str, Tensor]) -> dict[str, Tensor]:
