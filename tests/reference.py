@@ -80,3 +80,34 @@ def hyper_attention(
             row = row + share[h] / sum(share.values()) * heard[h]
         out.append(row)
     return torch.stack(out)
+
+
+def row_attention(qkv: Tensor, heads: int, weight: Tensor) -> Tensor:
+    """Attention on one token ``qkv [nodes, 3 * F]``, one head, one target and one source at a time."""
+    query, key, value = (t.view(len(qkv), heads, -1) for t in qkv.chunk(3, dim=1))
+    out = 0 * value
+    for h in range(heads):
+        for i in range(len(qkv)):
+            sources = [j for j in range(len(qkv)) if weight[i, j] > 0]
+            score = {j: query[i, h] @ key[j, h] / key.size(2) ** 0.5 for j in sources}
+            total = sum(weight[i, j] * score[j].exp() for j in sources)
+            for j in sources:
+                out[i, h] = out[i, h] + weight[i, j] * score[j].exp() / total * value[j, h]
+    return out.flatten(1)
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return gain * x / torch.sqrt((x * x).mean() + eps)
+
+
+def collaborate(conv, x: Tensor, weight: Tensor, rounds: int) -> Tensor:
+    """CollabConv on the nodes of one token, ``x [nodes, F]``, the mediator among them."""
+    for _ in range(rounds):
+        heard = row_attention(x @ conv.attention.lin_qkv.weight.T, conv.attention.heads, weight)
+        out = []
+        for row, said in zip(x, heard, strict=True):
+            row = rms_norm(row + conv.attention.lin_out.weight @ said, conv.attention_norm.weight, 1e-6)
+            fed = rms_norm(row, conv.feed_forward_norm.weight, 1e-6)
+            out.append(row + expert(fed, conv.gate_up_proj.weight, conv.down_proj.weight))
+        x = torch.stack(out)
+    return x

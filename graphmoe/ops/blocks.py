@@ -22,16 +22,21 @@ def suits_blocks(*tensors: Tensor) -> bool:
     )
 
 
-def tokens_per_block(x: Tensor, tensors: int = 1) -> int:
-    """Tokens of ``x [N, nodes, F]`` in one block, at least 1; ``tensors``: how many of the size of ``x`` a
-    block goes through together."""
-    token = max(int(tensors * x.size(1) * x.size(2) * x.element_size()), 1)
+def fills_blocks(x: Tensor) -> bool:
+    """Whether ``x`` is a quarter of a block or more: below it, the bookkeeping takes longer than it saves
+    where many small steps replace few operators."""
+    return 4 * x.numel() * x.element_size() >= BLOCK
+
+
+def tokens_per_block(x: Tensor) -> int:
+    """Tokens of ``x [N, nodes, F]`` in one block, at least 1."""
+    token = max(x.size(1) * x.size(2) * x.element_size(), 1)
     return max(1, min(x.size(0), BLOCK * torch.get_num_threads() // token))
 
 
-def blocks(x: Tensor, tensors: int = 1) -> Iterator[slice]:
+def blocks(x: Tensor) -> Iterator[slice]:
     """The blocks of tokens of ``x [N, nodes, F]``."""
-    step = tokens_per_block(x, tensors)
+    step = tokens_per_block(x)
     return (slice(start, min(start + step, x.size(0))) for start in range(0, x.size(0), step))
 
 

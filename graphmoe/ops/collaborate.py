@@ -1,17 +1,16 @@
 """Rounds of collaboration between the rows of a token, on a CPU in blocks that stay in the cache."""
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphmoe.ops.blocks import blocks, flat, suits_blocks, tokens_per_block
+from graphmoe.ops.blocks import blocks, fills_blocks, flat, suits_blocks, tokens_per_block
 from graphmoe.ops.expert_loop import activate, activate_back
 from graphmoe.ops.memory import empty
 from graphmoe.ops.row_attention import Shares, attend, by_token, grad_of, grad_of_weight
-
-# What one step of a round goes through, in tensors of the size of the rows: queries, keys, values and the
-# rows themselves.
-_TENSORS = 1
 
 
 def collaborate(
@@ -39,9 +38,10 @@ def collaborate(
     with :math:`\mathrm{rms}(t)^2 = \mathrm{mean}(t^2) + \epsilon` and the attention of
     :func:`~graphmoe.ops.row_attention.row_attention`.
 
-    On a CPU in full precision all rounds of a block of tokens follow one another, and it keeps of each round
-    the results of the large products (``5 + 2 * hidden / F`` tensors of the size of ``x``, and the input of
-    all rounds but the first); a gradient that is to be differentiated again is computed by plain maths.
+    For many rows on a CPU in full precision all rounds of a block of tokens follow one another. Kept for the
+    backward pass are the results of the large products, ``4 + 2 * hidden / F`` tensors of the size of ``x``
+    a round, and the input of every round but the first. A gradient that is to be differentiated again is
+    computed by plain maths.
 
     Args:
         x: Rows ``[*, nodes, F]``.
@@ -60,88 +60,83 @@ def collaborate(
     Returns:
         ``[*, nodes, F]``.
     """
-    parameters = (qkv_proj, out_proj, attention_gain, feed_forward_gain, gate_up_proj, down_proj)
-    tensors = (x, *parameters) if weight is None else (x, weight, *parameters)
-    if not suits_blocks(*tensors):
-        return _plain(x, weight, *parameters, heads, rounds, eps)
+    maps = _Maps(qkv_proj, out_proj, attention_gain, feed_forward_gain, gate_up_proj, down_proj)
+    tensors = (x, *maps) if weight is None else (x, weight, *maps)
+    if not (fills_blocks(x) and suits_blocks(*tensors)):
+        return plain_collaborate(x, weight, *maps, heads=heads, rounds=rounds, eps=eps)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     rows, weight = by_token(x, weight)
-    return _Collaborate.apply(rows, weight, *parameters, heads, rounds, eps, keep)[0].view(x.shape)
+    return _Collaborate.apply(rows, weight, *maps, heads, rounds, eps, keep)[0].view(x.shape)
 
 
-def _plain(
-    x: Tensor,
-    weight: Tensor | None,
-    qkv_proj: Tensor,
-    out_proj: Tensor,
-    attention_gain: Tensor,
-    feed_forward_gain: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    heads: int,
-    rounds: int,
-    eps: float,
+class _Maps(NamedTuple):
+    """The parameters, or their gradients."""
+
+    qkv: Tensor
+    out: Tensor
+    attention_gain: Tensor
+    feed_forward_gain: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class _Round(NamedTuple):
+    """What a round computes that its backward pass reads, of some tokens; or of all rounds and tokens."""
+
+    qkv: Tensor  # [N, nodes, 3 * F]
+    shares: Tensor  # [N, heads * nodes * nodes]
+    total: Tensor  # [N, nodes, F], what the first norm normalises
+    inverse: Tensor  # [N, nodes, 1], one over the root mean square there
+    inverse_second: Tensor  # the same of the second norm
+    hidden: Tensor  # [N, nodes, 2 * hidden], before the activation
+
+    def at(self, turn: int, block: slice) -> "_Round":
+        return _Round(*(t[turn, block] for t in self))
+
+
+def plain_collaborate(
+    x: Tensor, weight: Tensor | None, *parameters: Tensor, heads: int, rounds: int, eps: float
 ) -> Tensor:
-    size = x.shape[-1:]
+    """:func:`collaborate` as plain maths, on any device and in any precision."""
+    maps, size = _Maps(*parameters), x.shape[-1:]
     for _ in range(rounds):
-        heard, _ = attend(F.linear(x, qkv_proj), heads, weight)
-        x = F.rms_norm(x + F.linear(heard, out_proj), size, attention_gain, eps)
-        gate, up = F.linear(F.rms_norm(x, size, feed_forward_gain, eps), gate_up_proj).chunk(2, dim=-1)
-        x = x + F.linear(F.silu(gate) * up, down_proj)
+        heard, _ = attend(F.linear(x, maps.qkv), heads, weight)
+        x = F.rms_norm(x + F.linear(heard, maps.out), size, maps.attention_gain, eps)
+        gate, up = F.linear(F.rms_norm(x, size, maps.feed_forward_gain, eps), maps.gate_up).chunk(2, dim=-1)
+        x = x + F.linear(F.silu(gate) * up, maps.down)
     return x
 
 
 class _Collaborate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor | None,
-        qkv_proj: Tensor,
-        out_proj: Tensor,
-        attention_gain: Tensor,
-        feed_forward_gain: Tensor,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
-        heads: int,
-        rounds: int,
-        eps: float,
-        keep: bool,
-    ) -> tuple[Tensor, ...]:
-        """The output, and with ``keep`` what the backward pass reads of every round (else one block of it):
-        the input of all but the first, queries with keys and values, shares, the sum that is normalised, the
-        inverse of both root mean squares, and the hidden rows before the activation."""
-        count = tokens_per_block(x, _TENSORS)
-        tokens, turns = (len(x), rounds) if keep else (count, 1)
-        nodes, channels = x.shape[1:]
+    def forward(x: Tensor, weight: Tensor | None, *args) -> tuple[Tensor, ...]:
+        """The output, and with ``keep`` the input of every round but the first, then the parts of
+        :class:`_Round`, all of them stacked over the rounds (else scratch of the size of a block)."""
+        *parameters, heads, rounds, eps, keep = args
+        maps, count, (nodes, channels) = _Maps(*parameters), tokens_per_block(x), x.shape[1:]
         attention = Shares(x, channels, heads, weight, count)
-        out, later = empty(x, *x.shape), empty(x, turns - 1, tokens, nodes, channels)
-        qkv_kept = empty(x, turns, tokens, nodes, 3 * channels)
-        shares_kept = empty(x, turns, tokens, attention.size)
-        sum_kept = empty(x, turns, tokens, nodes, channels)
-        inverse_kept = empty(x, turns, 2, tokens, nodes, 1)
-        hidden_kept = empty(x, turns, tokens, nodes, gate_up_proj.size(0))
-        heard_block, normed_block = empty(x, 2, count, nodes, channels)
-        active_block = empty(x, count, nodes, down_proj.size(1))
-        for block in blocks(x, _TENSORS):
-            size = block.stop - block.start
-            here = block if keep else slice(0, size)
-            heard, normed, active = heard_block[:size], normed_block[:size], active_block[:size]
-            rows = x[block]
+        tokens, turns = (len(x), rounds) if keep else (count, 1)
+        sizes = ((nodes, 3 * channels), (attention.size,), (nodes, channels), (nodes, 1), (nodes, 1))
+        kept = _Round(*(empty(x, turns, tokens, *size) for size in (*sizes, (nodes, maps.gate_up.size(0)))))
+        later = empty(x, turns - 1, tokens, nodes, channels)
+        out = empty(x, *x.shape)
+        scratch = empty(x, 2, count, nodes, channels), empty(x, count, nodes, maps.down.size(1))
+        for block in blocks(x):
+            rows, size = x[block], block.stop - block.start
+            heard, normed, active = *scratch[0][:, :size], scratch[1][:size]
             for turn in range(rounds):
-                at = turn if keep else 0
-                qkv, total, hidden = qkv_kept[at, here], sum_kept[at, here], hidden_kept[at, here]
-                torch.mm(flat(rows), qkv_proj.t(), out=flat(qkv))
-                attention.form(qkv, block, shares_kept[at, here])
-                attention.hear(shares_kept[at, here], qkv, heard)
-                torch.addmm(flat(rows), flat(heard), out_proj.t(), out=flat(total))
-                first, second = inverse_kept[at, :, here]
-                _normalize(total, attention_gain, eps, first, heard)
-                _normalize(heard, feed_forward_gain, eps, second, normed)
-                torch.mm(flat(normed), gate_up_proj.t(), out=flat(hidden))
-                activate("swiglu", hidden.chunk(2, dim=2), active)
-                rows = later[turn, here] if keep and turn < rounds - 1 else out[block]
-                torch.addmm(flat(heard), flat(active), down_proj.t(), out=flat(rows))
-        return out, later, qkv_kept, shares_kept, sum_kept, inverse_kept, hidden_kept
+                it = kept.at(turn, block) if keep else kept.at(0, slice(0, size))
+                torch.mm(flat(rows), maps.qkv.t(), out=flat(it.qkv))
+                attention.form(it.qkv, block, it.shares)
+                attention.hear(it.shares, it.qkv, heard)
+                torch.addmm(flat(rows), flat(heard), maps.out.t(), out=flat(it.total))
+                joined = _normalize(it.total, maps.attention_gain, eps, it.inverse, out=heard)
+                _normalize(joined, maps.feed_forward_gain, eps, it.inverse_second, out=normed)
+                torch.mm(flat(normed), maps.gate_up.t(), out=flat(it.hidden))
+                activate("swiglu", it.hidden.chunk(2, dim=2), active)
+                rows = later[turn, block] if keep and turn < rounds - 1 else out[block]
+                torch.addmm(flat(joined), flat(active), maps.down.t(), out=flat(rows))
+        return out, later, *kept
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -155,90 +150,102 @@ class _Collaborate(torch.autograd.Function):
         if grad is None:
             return (None,) * 12
         saved = ctx.saved_tensors  # read once: under checkpointing each read recomputes
-        inputs, kept = saved[:8], saved[8:]
+        inputs, (later, *kept) = saved[:8], saved[8:]
         if torch.is_grad_enabled():  # somebody will differentiate this gradient
-            found = grad_of(lambda *args: _plain(*args, ctx.heads, ctx.rounds, ctx.eps), inputs, grad)
-        else:
-            found = _back(grad.contiguous(), inputs, kept, ctx.heads, ctx.needs_input_grad)
-        return *found, None, None, None, None
+            plain = partial(plain_collaborate, heads=ctx.heads, rounds=ctx.rounds, eps=ctx.eps)
+            return *grad_of(plain, inputs, grad), None, None, None, None
+        (x, weight, *parameters), wanted, grad = inputs, ctx.needs_input_grad, grad.contiguous()
+        maps, kept, count = _Maps(*parameters), _Round(*kept), tokens_per_block(x)
+        attention = Shares(x, x.size(2), ctx.heads, weight, count)
+        grad_x, grad_log = empty(x, *x.shape), torch.zeros_like(weight) if wanted[1] else None
+        grads = _Maps(*(torch.zeros_like(p) if w else None for p, w in zip(maps, wanted[2:8], strict=True)))
+        scratch = _Scratch.of(count, kept, maps)
+        for block in blocks(x):
+            upstream, mine = grad[block], scratch.first(block.stop - block.start)
+            for turn in reversed(range(ctx.rounds)):
+                rows, it = later[turn - 1, block] if turn else x[block], kept.at(turn, block)
+                grad_sum = _back_feed_forward(upstream, it, maps, grads, mine)
+                to_log = None if grad_log is None else grad_log[block]
+                _back_attention(grad_sum, rows, it, maps, grads, mine, attention, to_log)
+                upstream = grad_x[block]
+                torch.addmm(flat(grad_sum), flat(mine.qkv), maps.qkv, out=flat(upstream))
+        return grad_x, grad_of_weight(grad_log, weight), *grads, None, None, None, None
 
 
-def _back(
-    grad: Tensor,
-    inputs: tuple[Tensor | None, ...],
-    kept: tuple[Tensor, ...],
-    heads: int,
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the inputs of :class:`_Collaborate`; all rounds of a block, last one first."""
-    x, weight, *parameters = inputs
-    qkv_proj, out_proj, attention_gain, feed_forward_gain, gate_up_proj, down_proj = parameters
-    later, qkv_kept, shares_kept, sum_kept, inverse_kept, hidden_kept = kept
-    grad_x = empty(x, *x.shape)
-    grad_log = torch.zeros_like(weight) if wanted[1] else None
-    totals = [torch.zeros_like(p) if want else None for p, want in zip(parameters, wanted[2:8], strict=True)]
-    to_qkv, to_out, to_attention_gain, to_feed_forward_gain, to_gate_up, to_down = totals
-    count, (nodes, channels) = tokens_per_block(x, _TENSORS), x.shape[1:]
-    attention = Shares(x, channels, heads, weight, count)
-    wide_block = empty(x, count, nodes, 3 * channels)
-    rows_block = empty(x, 4, count, nodes, channels)
-    active_block = empty(x, 3, count, nodes, down_proj.size(1))
-    inner_block = empty(x, count, nodes, gate_up_proj.size(0))
-    for block in blocks(x, _TENSORS):
-        size = block.stop - block.start
-        grad_qkv, inner = wide_block[:size], inner_block[:size]
-        first, second, third, spare = rows_block[:, :size]
-        active, grad_active, spare_active = active_block[:, :size]
-        upstream, current = grad[block], grad_x[block]
-        for turn in reversed(range(len(qkv_kept))):
-            rows = later[turn - 1, block] if turn else x[block]
-            qkv, hidden, shares = qkv_kept[turn, block], hidden_kept[turn, block], shares_kept[turn, block]
-            inverse, inverse_second = inverse_kept[turn, :, block]
-            # What the norms made of their inputs is cheaper to compute again than to keep.
-            unit = torch.mul(sum_kept[turn, block], inverse, out=first)
-            normed = torch.mul(unit, attention_gain, out=second)
-            unit_second = normed.mul_(inverse_second)
-            torch.mm(flat(upstream), down_proj, out=flat(grad_active))
-            activate_back(
-                "swiglu",
-                hidden.chunk(2, dim=2),
-                grad_active,
-                active,
-                spare_active,
-                inner.chunk(2, dim=2),
-                None,
-            )
-            if to_down is not None:
-                to_down.addmm_(flat(upstream).t(), flat(active))
-            if to_gate_up is not None:
-                fed = torch.mul(unit_second, feed_forward_gain, out=third)
-                to_gate_up.addmm_(flat(inner).t(), flat(fed))
-            torch.mm(flat(inner), gate_up_proj, out=flat(third))
-            _normalize_back(
-                third, unit_second, inverse_second, feed_forward_gain, to_feed_forward_gain, spare
-            )
-            third.add_(upstream)
-            _normalize_back(third, unit, inverse, attention_gain, to_attention_gain, spare)
-            if to_out is not None:
-                heard = spare
-                attention.hear(shares, qkv, heard)
-                to_out.addmm_(flat(third).t(), flat(heard))
-            torch.mm(flat(third), out_proj, out=flat(second))
-            of_edges = attention.back(second, shares, qkv, grad_qkv)
-            if grad_log is not None:
-                grad_log[block] += of_edges
-            if to_qkv is not None:
-                to_qkv.addmm_(flat(grad_qkv).t(), flat(rows))
-            torch.addmm(flat(third), flat(grad_qkv), qkv_proj, out=flat(current))
-            upstream = current
-    return grad_x, grad_of_weight(grad_log, weight), *totals
+class _Scratch(NamedTuple):
+    """Buffers of the backward pass of a block."""
+
+    qkv: Tensor  # [N, nodes, 3 * F]
+    hidden: Tensor  # [N, nodes, 2 * hidden]
+    rows: Tensor  # [4, N, nodes, F]
+    active: Tensor  # [3, N, nodes, hidden]
+
+    @classmethod
+    def of(cls, tokens: int, kept: _Round, maps: _Maps) -> "_Scratch":
+        like, nodes = kept.qkv, kept.qkv.size(2)
+        return cls(
+            empty(like, tokens, nodes, maps.qkv.size(0)),
+            empty(like, tokens, nodes, maps.gate_up.size(0)),
+            empty(like, 4, tokens, nodes, maps.qkv.size(1)),
+            empty(like, 3, tokens, nodes, maps.down.size(1)),
+        )
+
+    def first(self, size: int) -> "_Scratch":
+        return _Scratch(self.qkv[:size], self.hidden[:size], self.rows[:, :size], self.active[:, :size])
 
 
-def _normalize(rows: Tensor, gain: Tensor, eps: float, inverse: Tensor, out: Tensor) -> None:
+def _back_feed_forward(upstream: Tensor, it: _Round, maps: _Maps, grads: _Maps, scratch: _Scratch) -> Tensor:
+    """Gradient of ``it.total`` from that of the output of the round, through both norms."""
+    (unit, normed, grad, spare), (active, grad_active, spare_active) = scratch.rows, scratch.active
+    # What the norms made of their inputs is cheaper to compute again than to keep.
+    torch.mul(it.total, it.inverse, out=unit)
+    unit_second = torch.mul(unit, maps.attention_gain, out=normed).mul_(it.inverse_second)
+    torch.mm(flat(upstream), maps.down, out=flat(grad_active))
+    pre, grad_pre = it.hidden.chunk(2, dim=2), scratch.hidden.chunk(2, dim=2)
+    activate_back("swiglu", pre, grad_active, active, spare_active, grad_pre, None)
+    _add_product(grads.down, upstream, active)
+    if grads.gate_up is not None:
+        _add_product(grads.gate_up, scratch.hidden, torch.mul(unit_second, maps.feed_forward_gain, out=spare))
+    torch.mm(flat(scratch.hidden), maps.gate_up, out=flat(grad))
+    _normalize_back(
+        grad, unit_second, it.inverse_second, maps.feed_forward_gain, grads.feed_forward_gain, spare
+    )
+    grad.add_(upstream)
+    _normalize_back(grad, unit, it.inverse, maps.attention_gain, grads.attention_gain, spare)
+    return grad
+
+
+def _back_attention(
+    grad_sum: Tensor,
+    rows: Tensor,
+    it: _Round,
+    maps: _Maps,
+    grads: _Maps,
+    scratch: _Scratch,
+    attention: Shares,
+    grad_log: Tensor | None,
+) -> None:
+    """Write the gradient of ``it.qkv`` to ``scratch.qkv``."""
+    heard, grad_heard, *_ = scratch.rows
+    if grads.out is not None:
+        attention.hear(it.shares, it.qkv, heard)  # cheaper again than kept
+        _add_product(grads.out, grad_sum, heard)
+    torch.mm(flat(grad_sum), maps.out, out=flat(grad_heard))
+    attention.back(grad_heard, it.shares, it.qkv, scratch.qkv, grad_log)
+    _add_product(grads.qkv, scratch.qkv, rows)
+
+
+def _add_product(total: Tensor | None, grad: Tensor, rows: Tensor) -> None:
+    """Add the gradient of a linear map to ``total``, unless nobody wants it."""
+    if total is not None:
+        total.addmm_(flat(grad).t(), flat(rows))
+
+
+def _normalize(rows: Tensor, gain: Tensor, eps: float, inverse: Tensor, out: Tensor) -> Tensor:
     """RMSNorm of ``rows [N, nodes, F]`` to ``out``; one over the root mean square to ``inverse``."""
     torch.linalg.vector_norm(rows, dim=2, keepdim=True, out=inverse)
     inverse.square_().div_(rows.size(2)).add_(eps).rsqrt_()
-    torch.mul(rows, inverse, out=out).mul_(gain)
+    return torch.mul(rows, inverse, out=out).mul_(gain)
 
 
 def _normalize_back(
@@ -247,7 +254,7 @@ def _normalize_back(
     """Turn ``grad [N, nodes, F]`` of the output of an RMSNorm into that of its input.
 
     With the input ``r``, ``unit = r * inverse`` and ``h = gain * grad`` it is
-    ``inverse * (h - unit * mean(h * unit))``. ``to_gain`` gathers the gradient of the gain.
+    ``inverse * (h - unit * mean(h * unit))``. The gradient of the gain is added to ``to_gain``.
     """
     product = torch.mul(grad, unit, out=spare)
     mean = torch.mv(flat(product), gain).div_(grad.size(2)).view(inverse.shape)

@@ -4,6 +4,7 @@ The rows of several small experts form a *run*, and a large expert is cut into s
 work then has enough values for all threads and few enough for the cache, however uneven the load.
 """
 
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -20,6 +21,10 @@ RUN_VALUES = 1 << 20
 
 RUN_ROWS = 128
 """Rows a run may have at any ``F``, so that its products stay efficient."""
+
+STRIP_VALUES = 1 << 17
+"""Hidden values of one strip, per thread: elementwise work on a CPU goes strip by strip, so that what one
+operation writes is still in the cache when the next one reads it."""
 
 _aten = torch.ops.aten
 
@@ -118,10 +123,11 @@ def back_loop(
 
 def activate(activation: str, pre: tuple[Tensor, ...], out: Tensor) -> None:
     """Write the activation of the hidden values ``pre``, one ``[*, F]`` a half, to ``out``."""
-    if activation == "swiglu":
-        _aten.silu.out(pre[0], out=out).mul_(pre[1])
-    else:
-        _aten.gelu.out(pre[0], out=out)
+    for strip in _strips(out):
+        if activation == "swiglu":
+            _aten.silu.out(pre[0][strip], out=out[strip]).mul_(pre[1][strip])
+        else:
+            _aten.gelu.out(pre[0][strip], out=out[strip])
 
 
 def activate_back(
@@ -131,27 +137,60 @@ def activate_back(
     out: Tensor,
     spare: Tensor,
     grad_pre: tuple[Tensor, ...],
-    dot: Tensor,
+    dot: Tensor | None,
 ) -> None:
-    """Gradient of :func:`activate` to ``grad_pre``, its value to ``out``, ``sum(value * grad)`` to ``dot``.
+    """Gradient of :func:`activate` to ``grad_pre``, its value to ``out``, ``sum(value * grad)`` to ``dot`` if
+    there is one.
 
     ``grad`` and ``spare`` are used up. One exponential serves the gate, its derivative and the value:
     with s = sigmoid(g), a = g s u and t = grad u, the gradient of g is t (s + g s (1 - s)), which is the
     interpolation of ``a grad`` and ``t`` at ``s``, and ``a grad`` is what ``dot`` sums.
     """
+    for strip in _strips(out):
+        _strip_back(
+            activation,
+            [half[strip] for half in pre],
+            grad[strip],
+            out[strip],
+            spare[strip],
+            [half[strip] for half in grad_pre],
+            None if dot is None else dot[strip],
+        )
+
+
+def _strip_back(
+    activation: str,
+    pre: Sequence[Tensor],
+    grad: Tensor,
+    out: Tensor,
+    spare: Tensor,
+    grad_pre: Sequence[Tensor],
+    dot: Tensor | None,
+) -> None:
     if activation == "swiglu":
         (gate, up), (grad_gate, grad_up) = pre, grad_pre
         torch.sigmoid(gate, out=spare)
         torch.mul(gate, spare, out=out)
         torch.mul(out, grad, out=grad_up)
         torch.mul(out.mul_(up), grad, out=grad_gate)
-        torch.sum(grad_gate, 1, dtype=dot.dtype, out=dot)
+        if dot is not None:
+            torch.sum(grad_gate, 1, dtype=dot.dtype, out=dot)
         grad_gate.lerp_(grad.mul_(up), spare)
     else:
         _aten.gelu.out(pre[0], out=out)
-        torch.mul(out, grad, out=spare)
-        torch.sum(spare, 1, dtype=dot.dtype, out=dot)
+        if dot is not None:
+            torch.mul(out, grad, out=spare)
+            torch.sum(spare, 1, dtype=dot.dtype, out=dot)
         _aten.gelu_backward.grad_input(grad, pre[0], grad_input=grad_pre[0])
+
+
+def _strips(hidden: Tensor) -> Iterator[slice]:
+    """Consecutive rows of ``hidden [*, F]``; a GPU takes them all at once."""
+    rows = hidden.size(0)
+    step = max(rows, 1)
+    if hidden.device.type == "cpu":
+        step = max(1, STRIP_VALUES * torch.get_num_threads() // max(hidden.size(1), 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def read_offsets(ptr: Tensor, count: int) -> list[int]:

@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphmoe.ops.blocks import blocks, suits_blocks, tokens_per_block
+from graphmoe.ops.blocks import blocks, fills_blocks, suits_blocks, tokens_per_block
 from graphmoe.ops.fold import log_factor, weighted_softmax
 from graphmoe.ops.memory import empty
+from graphmoe.ops.row_products import PAIRS, BatchProducts, PairProducts
 
 _aten = torch.ops.aten
-
-PAIRS = 4
-"""Most rows of a token whose products are formed pair by pair."""
 
 
 def row_attention(
@@ -32,8 +30,9 @@ def row_attention(
 
     in every head. A row whose weights are all 0 hears 0, and a weight of 0 receives no gradient.
 
-    On a CPU in full precision, without dropout and unless the shares are asked for, tokens are served block
-    by block, and nothing is kept beside the input and the shares.
+    For many rows on a CPU in full precision, without dropout and unless the shares are asked for, tokens are
+    served block by block, and nothing is kept beside the input and the shares. A gradient that is to be
+    differentiated again is computed by plain maths.
 
     Args:
         qkv: Queries, keys and values ``[*, nodes, 3 * F]``, heads of ``d = F / heads`` channels in each.
@@ -47,7 +46,7 @@ def row_attention(
         ``None``.
     """
     tensors = (qkv,) if weight is None else (qkv, weight)
-    if dropout or return_shares or not suits_blocks(*tensors):
+    if dropout or return_shares or not (fills_blocks(qkv) and suits_blocks(*tensors)):
         heard, alpha = attend(qkv, heads, weight, dropout)
         return heard, alpha if return_shares else None
     rows, weight = by_token(qkv, weight)
@@ -90,7 +89,7 @@ class Shares:
     def __init__(self, like: Tensor, channels: int, heads: int, weight: Tensor | None, tokens: int):
         nodes = like.size(1)
         self.heads, self.scale = heads, (channels // heads) ** -0.5
-        kind = _Pairs if nodes <= PAIRS else _Batches
+        kind = PairProducts if nodes <= PAIRS else BatchProducts
         self.products = kind(like, nodes, heads, channels // heads, tokens)
         self.there = self.log_weight = None
         if weight is not None:
@@ -116,13 +115,11 @@ class Shares:
         """Write what the rows of a block hear to ``out [N, nodes, F]``."""
         self.products.mix(self.products.matrices(kept), self._parts(qkv)[2], self._by_head(out))
 
-    def back(self, grad: Tensor, kept: Tensor, qkv: Tensor, grad_qkv: Tensor) -> Tensor:
-        """Write the gradient of ``qkv`` to ``grad_qkv``, from that of what was heard.
-
-        Returns:
-            What the edges of each token add up to in the gradient of the logarithms of the weights,
-            ``[N, nodes, nodes]`` (target, source).
-        """
+    def back(
+        self, grad: Tensor, kept: Tensor, qkv: Tensor, grad_qkv: Tensor, grad_log: Tensor | None
+    ) -> None:
+        """Write the gradient of ``qkv`` to ``grad_qkv``, from that of what was heard, and add that of the
+        logarithms of the weights to ``grad_log [N, nodes, nodes]`` (target, source), if there is one."""
         products, grad = self.products, self._by_head(grad)
         query, key, value = self._parts(qkv)
         to_query, to_key, to_value = self._parts(grad_qkv)
@@ -130,11 +127,11 @@ class Shares:
         products.mix_back(shares, grad, to_value)
         products.dot(grad, value, scores)
         _aten._softmax_backward_data.out(scores, shares, 2, shares.dtype, grad_input=scores)
-        grad_log = products.sum_heads(scores)
+        if grad_log is not None:
+            grad_log += products.sum_heads(scores)
         scores.mul_(self.scale)
         products.mix(scores, key, to_query)
         products.mix_back(scores, query, to_key)
-        return grad_log
 
     def _parts(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each ``[N, nodes, heads, d]``, without a copy."""
@@ -142,81 +139,6 @@ class Shares:
 
     def _by_head(self, rows: Tensor) -> Tensor:
         return rows.unflatten(2, (self.heads, -1))
-
-
-class _Pairs:
-    """Products of every pair of rows of a token, channel by channel: the cheapest way for very few rows.
-
-    Rows are ``[N, nodes, heads, d]``, and matrices ``[N, nodes, nodes, heads]`` (target, source).
-    """
-
-    def __init__(self, like: Tensor, nodes: int, heads: int, head_channels: int, tokens: int):
-        self.nodes, self.heads = nodes, heads
-        self.pairs = empty(like, tokens, nodes, nodes, heads, head_channels)
-
-    def matrices(self, kept: Tensor) -> Tensor:
-        """Part of a buffer ``[N, size]`` as matrices."""
-        return kept.view(len(kept), self.nodes, self.nodes, self.heads)
-
-    def of_edges(self, weight: Tensor) -> Tensor:
-        """Values of edges ``[N, nodes, nodes]`` (target, source), to be broadcast over the heads."""
-        return weight.unsqueeze(3)
-
-    def sum_heads(self, matrices: Tensor) -> Tensor:
-        """The reverse."""
-        return matrices.sum(dim=3)
-
-    def dot(self, target: Tensor, source: Tensor, out: Tensor) -> None:
-        """``out_ij = target_i . source_j``."""
-        pairs = self.pairs[: len(out)]
-        torch.mul(target.unsqueeze(2), source.unsqueeze(1), out=pairs)
-        torch.sum(pairs, 4, out=out)
-
-    def mix(self, matrices: Tensor, source: Tensor, out: Tensor) -> None:
-        """``out_i = sum_j matrices_ij source_j``."""
-        self._add_up(matrices.unbind(2), source, out)
-
-    def mix_back(self, matrices: Tensor, target: Tensor, out: Tensor) -> None:
-        """``out_j = sum_i matrices_ij target_i``."""
-        self._add_up(matrices.unbind(1), target, out)
-
-    def _add_up(self, factors: tuple[Tensor, ...], rows: Tensor, out: Tensor) -> None:
-        for node, factor in enumerate(factors):
-            product = (factor.unsqueeze(3), rows[:, node].unsqueeze(1))
-            torch.mul(*product, out=out) if node == 0 else out.addcmul_(*product)
-
-
-class _Batches:
-    """The same products as batches of small matrices, head by head, read where they lie among the rows.
-
-    Matrices are ``[heads, N, nodes, nodes]`` (source, target): a softmax over the last of few columns is slow.
-    """
-
-    def __init__(self, like: Tensor, nodes: int, heads: int, head_channels: int, tokens: int):
-        self.nodes, self.heads = nodes, heads
-        self.mixed = empty(like, heads, tokens, nodes, head_channels)
-
-    def matrices(self, kept: Tensor) -> Tensor:
-        return kept.view(self.heads, len(kept), self.nodes, self.nodes)
-
-    def of_edges(self, weight: Tensor) -> Tensor:
-        return weight.mT.contiguous()
-
-    def sum_heads(self, matrices: Tensor) -> Tensor:
-        return matrices.sum(dim=0).mT
-
-    def dot(self, target: Tensor, source: Tensor, out: Tensor) -> None:
-        for h, products in enumerate(out):
-            torch.bmm(source[:, :, h], target[:, :, h].mT, out=products)
-
-    def mix(self, matrices: Tensor, source: Tensor, out: Tensor) -> None:
-        self.mix_back(matrices.mT, source, out)
-
-    def mix_back(self, matrices: Tensor, target: Tensor, out: Tensor) -> None:
-        mixed = self.mixed[:, : len(out)]
-        for h, product in enumerate(mixed):
-            torch.bmm(matrices[h], target[:, :, h], out=product)
-        out.copy_(mixed.permute(1, 2, 0, 3))
 
 
 class _RowAttention(torch.autograd.Function):
@@ -248,13 +170,11 @@ class _RowAttention(torch.autograd.Function):
             return *found, None
         grad = grad.contiguous()
         attention = Shares(qkv, grad.size(2), ctx.heads, weight, tokens_per_block(qkv))
-        grad_qkv, grad_log = empty(qkv, *qkv.shape), None
-        if ctx.needs_input_grad[1]:
-            grad_log = torch.empty_like(weight)
+        grad_qkv = empty(qkv, *qkv.shape)
+        grad_log = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for block in blocks(qkv):
-            of_edges = attention.back(grad[block], kept[block], qkv[block], grad_qkv[block])
-            if grad_log is not None:
-                grad_log[block] = of_edges
+            to_log = None if grad_log is None else grad_log[block]
+            attention.back(grad[block], kept[block], qkv[block], grad_qkv[block], to_log)
         return grad_qkv, grad_of_weight(grad_log, weight), None
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from graphmoe.ops.blocks import BLOCK, blocks, tokens_per_block
+from graphmoe.ops.blocks import BLOCK, blocks, fills_blocks, tokens_per_block
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
@@ -18,3 +18,8 @@ def test_a_token_larger_than_a_block_is_a_block():
     x = torch.empty(2, 3, BLOCK)
     assert tokens_per_block(x) == 1 and len(list(blocks(x))) == 2
     assert list(blocks(torch.empty(0, 3, 4))) == []
+
+
+def test_a_quarter_of_a_block_is_enough():
+    assert fills_blocks(torch.empty(BLOCK // 16)) and not fills_blocks(torch.empty(BLOCK // 16 - 1))
+    assert fills_blocks(torch.empty(BLOCK // 32, dtype=torch.float64))
