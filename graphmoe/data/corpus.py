@@ -2,16 +2,18 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from graphmoe.data.sharded_tokens import ShardedTokens, release
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CHUNK = 1 << 22  # tokens held in memory at a time while walking over a memory-mapped array
+CHUNK = 1 << 20  # tokens held in memory at a time while walking over a memory-mapped array
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +23,8 @@ class Corpus:
     Attributes:
         name: What the tokens were read from, such as ``"stdlib (Python 3.11.7)"``.
         train: Training tokens, ``[tokens]``, in the smallest unsigned dtype that holds ``vocab_size``; a
-            memory map in the dtype of the file where they come from one ``.npy`` shard.
+            memory map in the dtype of the file where they come from one ``.npy`` shard, and a view of
+            several maps, which reads like an array, where they come from more.
         held_out: Held-out tokens, ``[tokens]``, likewise.
         held_out_bytes: UTF-8 bytes of the held-out documents, or ``None`` where only tokens are known.
         vocab_size: Number of token ids; every id is smaller.
@@ -32,8 +35,8 @@ class Corpus:
     """
 
     name: str
-    train: np.ndarray = field(repr=False)
-    held_out: np.ndarray = field(repr=False)
+    train: np.ndarray | ShardedTokens = field(repr=False)
+    held_out: np.ndarray | ShardedTokens = field(repr=False)
     held_out_bytes: int | None
     vocab_size: int
     tokenizer: "PreTrainedTokenizerFast | None" = field(repr=False)
@@ -60,12 +63,11 @@ class Corpus:
         """
         middle = self.held_out.size // 2
         if self.tokenizer is not None:
-            ends = np.flatnonzero(self.held_out[:middle] == self.tokenizer.eos_token_id)
-            middle = int(ends[-1]) + 1 if ends.size else middle
-        parts, sizes = (self.held_out[:middle], self.held_out[middle:]), (None, None)
+            middle = self._last_end(middle) or middle
+        parts = (_part(self.held_out, 0, middle), _part(self.held_out, middle, self.held_out.size))
+        sizes = (None, None)
         if self.held_out_bytes is not None and self.tokenizer is not None:
-            texts = [self.tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in parts]
-            lengths = [len(text.encode()) for text in texts]
+            lengths = [sum(map(self._decoded_bytes, chunks(part))) for part in parts]
             # In proportion: a character cut in two, or a tokenizer that loses spaces, changes lengths.
             first = round(self.held_out_bytes * lengths[0] / max(sum(lengths), 1))
             sizes = (first, self.held_out_bytes - first)
@@ -80,11 +82,23 @@ class Corpus:
         )
         return first, second
 
+    def _last_end(self, stop: int) -> int:
+        """Tokens up to the end of the last whole document before ``stop``; 0 if there is none."""
+        seen, last = 0, 0
+        for chunk in chunks(_part(self.held_out, 0, stop)):
+            ends = np.flatnonzero(chunk == self.tokenizer.eos_token_id)
+            last = seen + int(ends[-1]) + 1 if ends.size else last
+            seen += chunk.size
+        return last
+
+    def _decoded_bytes(self, tokens: np.ndarray) -> int:
+        return len(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True).encode())
+
     def describe(self) -> str:
         """One plain line: megabytes (1e6 bytes), tokens, documents or shards, and vocabulary size."""
         unit = "shards" if self.held_out_bytes is None else "documents"
 
-        def size(tokens: np.ndarray, num_bytes: int | None, count: int) -> str:
+        def size(tokens: np.ndarray | ShardedTokens, num_bytes: int | None, count: int) -> str:
             megabytes = "" if num_bytes is None else f"{num_bytes / 1e6:.2f} MB, "
             return f"{megabytes}{tokens.size:,} tokens, {count:,} {unit}"
 
@@ -93,22 +107,39 @@ class Corpus:
         return f"{self.name}: train {train}; held out {held_out}; vocabulary {self.vocab_size:,}"
 
 
-def fingerprint(train: np.ndarray, held_out: np.ndarray, tokenizer: "PreTrainedTokenizerFast | None") -> str:
+def fingerprint(
+    train: np.ndarray | ShardedTokens,
+    held_out: np.ndarray | ShardedTokens,
+    tokenizer: "PreTrainedTokenizerFast | None",
+) -> str:
     """SHA-256 over both parts' token ids and the tokenizer, whatever dtype the ids are stored in."""
+    return fingerprint_of(((tokens.size, chunks(tokens)) for tokens in (train, held_out)), tokenizer)
+
+
+def fingerprint_of(
+    parts: Iterable[tuple[int, Iterable[np.ndarray]]], tokenizer: "PreTrainedTokenizerFast | None"
+) -> str:
+    """The :func:`fingerprint` of parts given as (tokens, pieces of them in order), walked over once."""
     digest = hashlib.sha256()
-    for tokens in (train, held_out):
-        digest.update(tokens.size.to_bytes(8, "little"))
-        for chunk in chunks(tokens):
-            digest.update(chunk.astype("<u4").tobytes())
+    for size, pieces in parts:
+        digest.update(size.to_bytes(8, "little"))
+        for piece in pieces:
+            digest.update(piece.astype("<u4"))
     if tokenizer is not None:
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()
 
 
-def chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
+def chunks(tokens: np.ndarray | ShardedTokens) -> Iterator[np.ndarray]:
     """Walk over an array in pieces that fit in memory, of at most ``CHUNK`` tokens."""
     for start in range(0, tokens.size, CHUNK):
         yield tokens[start : start + CHUNK]
+        release(tokens)
+
+
+def _part(tokens: np.ndarray | ShardedTokens, start: int, stop: int) -> np.ndarray | ShardedTokens:
+    """Tokens ``start`` to ``stop``, not copied."""
+    return tokens.part(start, stop) if isinstance(tokens, ShardedTokens) else tokens[start:stop]
 
 
 def unigram_loss(corpus: Corpus) -> float:
@@ -121,7 +152,7 @@ def unigram_loss(corpus: Corpus) -> float:
     return float(-(held_out * log_probability).sum() / held_out.sum())
 
 
-def _count(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+def _count(tokens: np.ndarray | ShardedTokens, vocab_size: int) -> np.ndarray:
     """Occurrences of each id, ``[vocab_size]`` int64."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for chunk in chunks(tokens):

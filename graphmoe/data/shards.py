@@ -1,105 +1,131 @@
-"""Token shards: one-dimensional ``.npy`` files of token ids, mapped into memory and checked first."""
+"""Turn a corpus into token shards that every language-model recipe reads with ``--dataset DIR``.
 
-import math
-import os
+    python -m graphmoe.data.shards stdlib --out_dir data/stdlib
+    python -m graphmoe.data.shards owner/name --out_dir data/name --tokenizer gpt2
+
+Whatever the size of the corpus, some hundred MB of memory are enough: files are read in parts, data sets of
+the Hugging Face hub are streamed, and tokens go straight to the disk. The folder gets ``train_*.npy`` and
+``valid_*.npy``, the tokenizer, and ``token_shards.json``, which says what is in them.
+"""
+
+import argparse
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
-import numpy as np
-
-from graphmoe.data.corpus import Corpus, chunks, fingerprint
-from graphmoe.data.tokenizer import first_line, num_tokens, pretrained_tokenizer
-from graphmoe.errors import DataError
-
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+from graphmoe.data.manifest import Manifest, read_manifest
+from graphmoe.data.write_shards import SHARD_TOKENS, write_shards
+from graphmoe.errors import ConfigError, DataError, GraphMoEError
 
 
-def find_shards(path: Path) -> list[Path]:
-    """The ``.npy`` files of a folder in the order of their names, or the one that ``path`` itself is."""
-    if path.is_dir():
-        return sorted(path.glob("*.npy"))
-    return [path] if path.suffix == ".npy" else []
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad flag as every other error is reported."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, "command line", "--help for the flags")
 
 
-def load_shards(paths: list[Path], *, name: str, vocab_size: int, held_out: float) -> Corpus:
-    """Load token shards; see :func:`graphmoe.data.load_text`.
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of the command.
 
     Raises:
-        DataError: If a shard is damaged or empty, or holds ids outside the vocabulary.
+        ConfigError: If they cannot be used.
     """
-    tokenizer = None
-    if (paths[0].parent / "tokenizer.json").exists():
-        tokenizer = pretrained_tokenizer(str(paths[0].parent))
-        vocab_size = num_tokens(tokenizer)
-    if not 1 <= vocab_size <= 2**32:
-        raise DataError("no such vocabulary", "vocab_size", "1 to 2^32", vocab_size)
-    shards = [map_shard(path) for path in paths]
-    for path, shard in zip(paths, shards, strict=True):
-        _check_ids(path, shard, vocab_size)
-    if len(shards) == 1:
-        train, rest = _split(shards[0], held_out, paths[0])
-    else:
-        train, rest = _join(shards[:-1], vocab_size), shards[-1]
-    return Corpus(
-        name=name,
-        train=train,
-        held_out=rest,
-        held_out_bytes=None,
-        vocab_size=vocab_size,
-        tokenizer=tokenizer,
-        num_documents=(max(1, len(shards) - 1), 1),
-        fingerprint=fingerprint(train, rest, tokenizer),
+    parser = _Parser(
+        prog="python -m graphmoe.data.shards",
+        description="Turn a corpus into token shards, which language-model recipes read with --dataset DIR.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add = parser.add_argument
+    add("dataset", metavar="SOURCE", help="stdlib, a text file, a folder of text, or a Hugging Face name")
+    add("--out_dir", required=True, metavar="DIR", help="the folder to write")
+    add("--tokenizer", default="bpe", help="bpe, bytes, or the folder or hub name of a pretrained one")
+    add("--vocab_size", type=int, default=4096, help="largest vocabulary of bpe")
+    add("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens a shard")
+    add("--split", default="train", help="split of a Hugging Face data set to train on")
+    add("--text_column", help="its column of text; otherwise text, or the only column of strings")
+    add("--held_out", type=float, default=0.1, help="share to hold out, where no split is published for it")
+    add("--seed", type=int, default=0, help="seed of the choice of held-out documents")
+    add("--resume", action="store_true", help="go on behind the last finished shard")
+    add("--overwrite", action="store_true", help="remove the shards that are there first")
+    add(
+        "--streaming",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read a Hugging Face data set as it arrives instead of downloading it first",
+    )
+    return parser.parse_args(argv)
 
 
-def map_shard(path: Path) -> np.ndarray:
-    """Map one shard into memory, ``[tokens]``, once its header agrees with the size of the file.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
 
-    Raises:
-        DataError: If the file is no ``.npy`` file, is cut short, or holds anything but integers in one
-            dimension.
+    Returns:
+        The exit status: 0; 2 after an error, which is one line on stderr; 130 or 143 after Ctrl-C or SIGTERM.
     """
+    folder = None
     try:
-        with path.open("rb") as file:
-            shape, _, dtype = HEADERS[np.lib.format.read_magic(file)](file)
-            start, size = file.tell(), os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise DataError("cannot be read", path, got=error.strerror) from error
-    except Exception as error:  # a header is a Python literal, and parsing one fails in many ways
-        raise DataError("not a .npy file", path, "a file written by numpy.save", first_line(error)) from error
-    if dtype.kind not in "iu" or len(shape) != 1:
-        got = f"{dtype} array of shape {shape}"
-        raise DataError("not an array of token ids", path, "one dimension of integers", got)
-    expected = start + math.prod(shape) * dtype.itemsize
-    if size != expected:
-        raise DataError("damaged shard", path, f"{expected} bytes, as its header says", size)
-    if shape[0] < 1:
-        raise DataError("empty shard", path, "at least one token", shape[0])
+        with _terminable():
+            flags = vars(parse(argv))
+            folder, began = Path(flags["out_dir"]), time.perf_counter()
+            manifest = write_shards(**flags)
+            _report(folder, manifest, time.perf_counter() - began, whole=not flags["resume"])
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"\nstopped: {_rest(folder)}\n")
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    except GraphMoEError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")
+        return 2
+    return 0
+
+
+def _report(folder: Path, manifest: Manifest, seconds: float, *, whole: bool) -> None:
+    """Say what is in the folder; how fast it was written only if all of it was written now."""
+    for name, part in (("train", manifest.train), ("held out", manifest.held_out)):
+        figures = f"{part.total('bytes') / 1e6:.2f} MB, {part.total('tokens'):,} tokens"
+        print(f"{name}: {figures}, {part.total('documents'):,} documents, {len(part.shards):,} shards")
+    num_bytes = manifest.train.total("bytes") + manifest.held_out.total("bytes")
+    speed = f", {num_bytes / 1e6 / seconds:.1f} MB/s" if whole else ""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    print(f"{seconds:.1f} s{speed}, {peak:.0f} MB of memory at most")
+    print(f"train on it with: --dataset {folder}")
+
+
+def _rest(folder: Path | None) -> str:
+    """What a stopped command has left behind, and how to go on."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, TypeError, ValueError) as error:
-        raise DataError("cannot be mapped into memory", path, got=first_line(error)) from error
+        manifest = None if folder is None else read_manifest(folder)
+    except DataError:
+        manifest = None
+    if manifest is None:
+        return "nothing was written"
+    count = len(manifest.train.shards) + len(manifest.held_out.shards)
+    return f"{count} shards are finished in {folder}; the same command with --resume goes on"
 
 
-def _check_ids(path: Path, shard: np.ndarray, vocab_size: int) -> None:
-    lowest = min(int(chunk.min()) for chunk in chunks(shard))
-    highest = max(int(chunk.max()) for chunk in chunks(shard))
-    if lowest < 0:
-        raise DataError("a token id is negative", path, f"ids from 0 to {vocab_size - 1}", lowest)
-    if highest >= vocab_size:
-        expected = f"ids from 0 to {vocab_size - 1} (vocab_size {vocab_size})"
-        raise DataError("a token id is outside the vocabulary", path, expected, highest)
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM stops as Ctrl-C does, with its own number."""
+
+    def stop(signum: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _split(shard: np.ndarray, held_out: float, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Both parts of one shard, still mapped."""
-    cut = shard.size - max(1, round(shard.size * held_out))
-    if cut < 1:
-        raise DataError("too small to hold anything out", path, "at least 2 tokens", shard.size)
-    return shard[:cut], shard[cut:]
-
-
-def _join(shards: list[np.ndarray], vocab_size: int) -> np.ndarray:
-    """Several shards copied into one array in memory; one stays mapped."""
-    if len(shards) == 1:
-        return shards[0]
-    return np.concatenate([shard.astype(np.min_scalar_type(vocab_size - 1)) for shard in shards])
+if __name__ == "__main__":
+    sys.exit(main())

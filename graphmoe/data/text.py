@@ -7,14 +7,13 @@ from pathlib import Path
 from graphmoe.data.corpus import Corpus, fingerprint
 from graphmoe.data.documents import (
     folder_documents,
-    hub_documents,
-    is_hub_name,
+    local_path,
     read_text,
-    split_documents,
-    split_text,
     stdlib_documents,
 )
-from graphmoe.data.shards import find_shards, load_shards
+from graphmoe.data.held_out import split_documents, split_text
+from graphmoe.data.hub import hub_documents
+from graphmoe.data.shard_files import has_shards, load_shards
 from graphmoe.data.tokenizer import build_tokenizer, encode, num_tokens
 from graphmoe.errors import DataError
 
@@ -37,8 +36,10 @@ def load_text(
     * A text file. Its last ``held_out`` part is held out, cut at the beginning of a line.
     * A folder. With ``.npy`` files in it, they are shards of token ids in the order of their names, of
       any integer dtype: the last shard is held out, or the tail of the only one, and a ``tokenizer.json``
-      beside them, where there is one, sets the vocabulary. Otherwise every text file in it and
-      below is a document; a folder with one text file is treated as that file.
+      beside them, where there is one, sets the vocabulary. ``python -m graphmoe.data.shards`` writes such
+      folders and lists in them what is held out. Shards are mapped, never copied into memory.
+      Otherwise every text file in it and below is a document; a folder with one text file is treated as
+      that file.
     * A Hugging Face data set, ``"owner/name"``, ``"owner/name:config"`` or ``"name:config"``: the rows of
       split ``train``, in column ``text`` or the only column of strings, are documents. Those of
       ``validation`` or ``test`` are held out as published, if there are any. Needs the extra ``data``.
@@ -64,13 +65,9 @@ def load_text(
     if not 0 < held_out < 1:
         raise DataError("not a share", "held_out", "a number between 0 and 1", held_out)
     dataset = os.fspath(dataset)
-    path = _local_path(dataset, data_dir)
-    if path is not None and (shards := find_shards(path)):
-        if tokenizer != "bpe":
-            raise DataError(
-                "token shards cannot be tokenized again", "tokenizer", "bpe, the default", tokenizer
-            )
-        return load_shards(shards, name=str(path), vocab_size=vocab_size, held_out=held_out)
+    path = local_path(dataset, data_dir)
+    if path is not None and has_shards(path):
+        return load_shards(path, tokenizer=tokenizer, vocab_size=vocab_size, held_out=held_out)
     name, train, rest = _read(dataset, path, held_out, seed)
     tool = build_tokenizer(tokenizer, train, vocab_size)
     train_tokens, rest_tokens = (encode(tool, documents, tokenizer) for documents in (train, rest))
@@ -84,29 +81,6 @@ def load_text(
         num_documents=(len(train), len(rest)),
         fingerprint=fingerprint(train_tokens, rest_tokens, tool),
         train_bytes=_num_bytes(train),
-    )
-
-
-def _local_path(dataset: str, data_dir: str | os.PathLike | None) -> Path | None:
-    """The file or folder that ``dataset`` names, or ``None`` if it is not a local one."""
-    if not dataset:
-        raise DataError("no corpus named", "dataset", "stdlib, a file, a folder or a datasets name", dataset)
-    if dataset == "stdlib":
-        if data_dir is not None:
-            raise DataError(
-                "stdlib does not lie in a folder",
-                "data_dir",
-                'no data_dir, or a dataset in it such as "."',
-                str(data_dir),
-            )
-        return None
-    path = Path(os.path.expanduser(Path(data_dir or "", dataset)))
-    if os.path.isfile(path) or os.path.isdir(path):  # Path's own methods raise on a long name
-        return path
-    if data_dir is None and is_hub_name(dataset):
-        return None
-    raise DataError(
-        "no such file or folder", path, "stdlib, a file, a folder, or a datasets name (owner/name)"
     )
 
 

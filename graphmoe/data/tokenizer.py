@@ -1,14 +1,14 @@
 """Tokenizers: byte-level BPE trained on a corpus, plain bytes or a pretrained one; and encoding with them."""
 
-import re
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from graphmoe.errors import DataError
+from graphmoe.data.pieces import Piece, cut, cut_document
+from graphmoe.errors import DataError, GraphMoEError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -20,10 +20,6 @@ TRAINING_CHARACTERS = 5_000_000  # more text hardly changes 4,096 merges, but ta
 PIECE = 1 << 16  # characters encoded at a time, so that one long document uses every core
 FOREIGN_PIECE = 1 << 20
 BATCH = 1 << 22  # characters a batch: an encoding in flight takes some 50 times the memory of its ids
-
-# Between words: behind a newline, or before a space, that has no other white space beside it. The
-# byte-level splitter always begins a new word there, so cutting changes no token.
-BORDER = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
 
 
 def build_tokenizer(name: str, documents: list[str], vocab_size: int) -> "PreTrainedTokenizerFast":
@@ -45,14 +41,32 @@ def build_tokenizer(name: str, documents: list[str], vocab_size: int) -> "PreTra
 
 def train_bpe(documents: list[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     """Train byte-level BPE on a part of the documents that is spread evenly over all of them."""
+    pieces = chain.from_iterable(cut(document, PIECE) for document in documents)
+    return train_bpe_on(spread(pieces, sum(map(len, documents))), vocab_size)
+
+
+def spread(pieces: Iterable[str], characters: int) -> Iterator[str]:
+    """Pick pieces of about ``PIECE`` characters evenly, so that they make up ``TRAINING_CHARACTERS``.
+
+    Args:
+        pieces: The pieces of all documents.
+        characters: How many characters they have together.
+    """
+    return islice(pieces, 0, None, max(1, -(-characters // TRAINING_CHARACTERS)))
+
+
+def train_bpe_on(sample: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Train byte-level BPE on texts, which are read once.
+
+    Raises:
+        DataError: If ``vocab_size`` is too small.
+    """
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.trainers import BpeTrainer
 
     if vocab_size < 257:
         raise DataError("too few tokens", "vocab_size", "at least 257: 256 bytes and end of text", vocab_size)
-    pieces = list(chain.from_iterable(cut(document, PIECE) for document in documents))
-    stride = -(-sum(map(len, pieces)) // TRAINING_CHARACTERS)
     trainer = BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -61,7 +75,7 @@ def train_bpe(documents: list[str], vocab_size: int) -> "PreTrainedTokenizerFast
         show_progress=False,
     )
     tokenizer = _byte_level(BPE())
-    tokenizer.train_from_iterator(pieces[:: max(1, stride)], trainer)
+    tokenizer.train_from_iterator(sample, trainer)
     return _wrap(tokenizer)
 
 
@@ -161,26 +175,65 @@ def encode(tokenizer: "PreTrainedTokenizerFast", documents: list[str], name: str
     Raises:
         DataError: If the tokenizer has no end-of-text token or fails on a document.
     """
+    size = piece_size(name)
+    pieces = (piece for document in documents for piece in cut_document([document], size, held_out=False))
+    return np.concatenate([ids for _, ids, _ in encode_pieces(tokenizer, pieces, name)])
+
+
+def piece_size(name: str) -> int:
+    """Characters of the pieces that the tokenizer called ``name`` encodes at a time."""
+    return PIECE if name in ("bpe", "bytes") else FOREIGN_PIECE
+
+
+def encode_pieces(
+    tokenizer: "PreTrainedTokenizerFast", pieces: Iterable[Piece], name: str
+) -> Iterator[tuple[list[Piece], np.ndarray, list[int]]]:
+    """Encode a stream of pieces as :func:`encode` does whole documents, some of them at a time.
+
+    Args:
+        tokenizer: The tokenizer.
+        pieces: Documents, cut by :func:`cut_document` into pieces of :func:`piece_size`.
+        name: What :func:`build_tokenizer` was asked for.
+
+    Yields:
+        Some pieces; their token ids end to end, ``[tokens]``, with the end-of-text token behind the last
+        piece of a document, in the smallest unsigned dtype that holds the vocabulary; how many
+        tokens each piece has of them.
+
+    Raises:
+        DataError: If the tokenizer has no end-of-text token or fails on a document.
+    """
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer cannot end a document", name, "a tokenizer with an eos_token")
-    dtype = np.min_scalar_type(num_tokens(tokenizer) - 1)
-    end = np.array([tokenizer.eos_token_id], dtype)
-    if name == "bytes":
-        parts = ((np.frombuffer(document.encode(), np.uint8), end) for document in documents)
-        return np.concatenate([*chain.from_iterable(parts)])
-    arrays = []
+    dtype, ends = token_dtype(tokenizer), ([], [tokenizer.eos_token_id])
     try:
-        backend = _neutral(tokenizer)
-        for batch in _batches(documents, PIECE if name == "bpe" else FOREIGN_PIECE):
-            encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-            ids = (
-                item.ids + [tokenizer.eos_token_id] * last
-                for item, (_, last) in zip(encodings, batch, strict=True)
-            )
-            arrays.append(np.fromiter(chain.from_iterable(ids), dtype))
+        encode_batch = _bytes_of if name == "bytes" else _neutral(tokenizer).encode_batch_fast
+        for batch in _batches(pieces):
+            items = encode_batch([piece.text for piece in batch], add_special_tokens=False)
+            counts = [len(item) + piece.last for item, piece in zip(items, batch, strict=True)]
+            pairs = zip(items, batch, strict=True)
+            if name == "bytes":
+                parts = ((item, np.array(ends[piece.last], dtype)) for item, piece in pairs)
+                ids = np.concatenate([*chain.from_iterable(parts)], dtype=dtype)
+            else:
+                parts = ((item.ids, ends[piece.last]) for item, piece in pairs)
+                ids = np.fromiter(chain.from_iterable(chain.from_iterable(parts)), dtype, sum(counts))
+            del items  # takes many times the memory of the ids
+            yield batch, ids, counts
+    except GraphMoEError:  # of reading the pieces
+        raise
     except Exception as error:  # the Rust side raises Exception itself
         raise DataError("the tokenizer cannot encode", name, got=first_line(error)) from error
-    return np.concatenate(arrays)
+
+
+def _bytes_of(texts: list[str], *, add_special_tokens: bool) -> list[np.ndarray]:
+    """The bytes of texts, behind the same call as those of a backend."""
+    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+
+def token_dtype(tokenizer: "PreTrainedTokenizerFast") -> np.dtype:
+    """The smallest unsigned dtype that holds every id."""
+    return np.min_scalar_type(num_tokens(tokenizer) - 1)
 
 
 def _neutral(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
@@ -194,25 +247,14 @@ def _neutral(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
     return backend
 
 
-def _batches(documents: Iterable[str], size: int) -> Iterator[list[tuple[str, bool]]]:
-    """Lists of (piece, whether it ends its document) with about ``BATCH`` characters each."""
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Lists of pieces with about ``BATCH`` characters each."""
     batch, characters = [], 0
-    for document in documents:
-        pieces = list(cut(document, size))
-        for index, piece in enumerate(pieces, start=1):
-            batch.append((piece, index == len(pieces)))
-            characters += len(piece)
-            if characters >= BATCH:
-                yield batch
-                batch, characters = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= BATCH:
+            yield batch
+            batch, characters = [], 0
     if batch:
         yield batch
-
-
-def cut(text: str, size: int) -> Iterator[str]:
-    """Cut a text between words into pieces of at least ``size`` characters, the last one excepted."""
-    start = 0
-    while border := BORDER.search(text, start + size):
-        yield text[start : border.end()]
-        start = border.end()
-    yield text[start:]

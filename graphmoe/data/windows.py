@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from graphmoe.data.sharded_tokens import ShardedTokens
 from graphmoe.errors import DataError
 
 
@@ -13,7 +14,7 @@ class TokenWindows:
     epoch has its own permutation of the windows and its own offset, so that window borders move.
 
     Args:
-        tokens: Token ids, ``[tokens]``, of any integer dtype; a memory map is read window by window.
+        tokens: Token ids, ``[tokens]``, of any integer dtype; memory maps are read window by window.
         length: Inputs in a window; each window holds one token more, the last target.
         seed: Seed of the order, at least 0.
 
@@ -21,8 +22,11 @@ class TokenWindows:
         DataError: If the tokens do not fill one window, or an argument is out of range.
     """
 
-    def __init__(self, tokens: np.ndarray, length: int, *, seed: int = 0):
-        self.tokens, self.length, self.seed = np.asarray(tokens), length, seed
+    def __init__(self, tokens: np.ndarray | ShardedTokens, length: int, *, seed: int = 0):
+        if isinstance(tokens, np.memmap) and tokens.ndim == 1:
+            tokens = ShardedTokens([tokens])  # lets go of what was read
+        self.tokens = tokens if isinstance(tokens, ShardedTokens) else np.asarray(tokens)
+        self.length, self.seed = length, seed
         if self.tokens.ndim != 1 or self.tokens.dtype.kind not in "iu":
             got = f"{self.tokens.dtype} array of shape {self.tokens.shape}"
             raise DataError("not an array of token ids", "tokens", "one dimension of integers", got)
@@ -100,7 +104,9 @@ class TokenWindows:
             rng = np.random.default_rng([self.seed, epoch])
             if len(self._orders) == 2:
                 del self._orders[next(iter(self._orders))]
-            self._orders[epoch] = int(rng.integers(self._offsets)), rng.permutation(self._windows)
+            offset, order = int(rng.integers(self._offsets)), rng.permutation(self._windows)
+            # Half the memory: shards of 10^10 tokens have some 10^8 windows.
+            self._orders[epoch] = offset, order.astype(np.min_scalar_type(self._windows))
         return self._orders[epoch]
 
     def _gather(self, starts: list[int]) -> np.ndarray:

@@ -1,7 +1,11 @@
+import os
+import random
+
 import numpy as np
 import pytest
 
-from graphmoe.data import load_text
+from graphmoe.data import ShardedTokens, load_text, shard_files
+from graphmoe.data.progress import Progress
 from graphmoe.data.tokenizer import byte_tokenizer
 from graphmoe.errors import DataError
 
@@ -32,6 +36,7 @@ def test_one_shard_is_mapped_and_its_tail_held_out(tmp_path):
 def test_last_of_several_shards_is_held_out(tmp_path):
     save(tmp_path, a=np.arange(5), b=np.arange(5, 9, dtype=np.uint8), c=np.arange(9, 12, dtype=">i4"))
     corpus = load_text(tmp_path, vocab_size=12)
+    assert isinstance(corpus.train, ShardedTokens)
     assert corpus.train.tolist() == list(range(9))
     assert corpus.train.dtype == np.uint8
     assert corpus.held_out.tolist() == [9, 10, 11]
@@ -80,6 +85,86 @@ def test_a_bad_id_behind_the_first_chunk_is_found(tmp_path, monkeypatch):
     save(tmp_path, a=np.arange(50), b=ids)
     with pytest.raises(DataError, match=r"b\.npy: .*got 5000"):
         load_text(tmp_path)
+
+
+def test_layout_of_the_original_systems(tmp_path):
+    """``tokens_000.npy`` and so on, of any integer dtype, without a tokenizer."""
+    parts = np.split(np.random.default_rng(0).integers(0, 500, 3000), [900, 1000, 2500])
+    for index, part in enumerate(parts):
+        np.save(tmp_path / f"tokens_{index:03}.npy", part.astype(("i4", "u2", ">i8", "i2")[index]))
+    corpus = load_text(tmp_path, vocab_size=500)
+    assert corpus.train.tolist() == np.concatenate(parts[:3]).tolist()
+    assert corpus.held_out.tolist() == parts[3].tolist()
+    assert (corpus.vocab_size, corpus.tokenizer, corpus.held_out_bytes) == (500, None, None)
+    copy = tmp_path / "one"
+    copy.mkdir()
+    np.save(copy / "a.npy", np.concatenate(parts[:3]))
+    np.save(copy / "b.npy", parts[3])
+    assert load_text(copy, vocab_size=500).fingerprint == corpus.fingerprint
+
+
+@pytest.mark.parametrize("descr", ["<u2", ">u2", "<i4", ">i8", "|u1", "=u8", "<i2"])
+def test_dtypes_and_byte_orders(tmp_path, descr):
+    ids = np.arange(120).astype(descr)
+    np.save(tmp_path / "a.npy", np.asfortranarray(ids))
+    header = (tmp_path / "a.npy").read_bytes().replace(b"'fortran_order': False", b"'fortran_order': True ")
+    (tmp_path / "a.npy").write_bytes(header)
+    corpus = load_text(tmp_path, held_out=0.25)
+    assert [*corpus.train.tolist(), *corpus.held_out.tolist()] == list(range(120))
+
+
+@pytest.mark.parametrize("seed", range(250))
+def test_a_damaged_file_is_refused_or_reads_the_same(tmp_path, seed):
+    """Bits of the header flipped, the file cut or continued: never other tokens, never another error."""
+    rng = random.Random(seed)
+    ids = np.random.default_rng(seed).integers(0, 4096, 500).astype("<u2")
+    np.save(tmp_path / "a.npy", ids)
+    data = bytearray((tmp_path / "a.npy").read_bytes())
+    how = rng.choice(["flip", "flip", "flip", "replace", "cut", "extend"])
+    if how == "flip":
+        for _ in range(rng.choice([1, 1, 1, 2, 5])):
+            data[rng.randrange(128)] ^= 1 << rng.randrange(8)
+    elif how == "replace":
+        data[rng.randrange(128)] = rng.choice(b"(),'0123456789:<>=|uifOVTrue \n\\")
+    elif how == "cut":
+        del data[rng.randrange(len(data)) :]
+    else:
+        data += rng.randbytes(rng.randint(1, 300))
+    (tmp_path / "a.npy").write_bytes(data)
+    try:
+        corpus, message = load_text(tmp_path, held_out=0.1), None
+    except DataError as error:
+        corpus, message = None, str(error)
+    if corpus is None:
+        assert "a.npy: " in message and "\n" not in message
+    else:
+        assert [*corpus.train.tolist(), *corpus.held_out.tolist()] == ids.tolist()
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.npy")
+    with pytest.raises(DataError, match=r"a\.npy: not a file"):
+        load_text(tmp_path)
+    (tmp_path / "a.npy").unlink()
+    (tmp_path / "a.npy").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"a\.npy: not a file"):
+        load_text(tmp_path)
+    (tmp_path / "a.npy").unlink()
+    (tmp_path / "a.npy").mkdir()
+    with pytest.raises(DataError, match=r"a\.npy: not a file"):
+        load_text(tmp_path)
+
+
+def test_a_long_check_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("graphmoe.data.corpus.CHUNK", 10)
+    monkeypatch.setattr(
+        shard_files, "Progress", lambda *args, patience: Progress(*args, patience=0.0, every=0.0)
+    )
+    save(tmp_path, a=np.arange(50), b=np.arange(30))
+    load_text(tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 8
+    assert lines[-1].startswith(f"checking {tmp_path}: 80 of 80 tokens")
 
 
 @pytest.mark.parametrize("size", [0, 5, 60, 129, 2127, 2129])
