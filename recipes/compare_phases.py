@@ -18,7 +18,9 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from graphmoe import checkpoint
+from graphmoe.errors import ConfigError
 from graphmoe.train.config import RUN_ONLY, exit_code, flag, open_run, parse, to_yaml
+from graphmoe.train.ranks import launched_processes
 from recipes import comparison, language_model
 from recipes.coupled_lm import CoupledConfig
 from recipes.language_model_config import LanguageModelConfig
@@ -86,6 +88,9 @@ def run(argv: Sequence[str] | None) -> None:
         return
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    if launched_processes() > 1:
+        what = "a comparison trains its models one after another in one process"
+        raise ConfigError(what, "torchrun", "no launcher", f"{launched_processes()} processes")
     open_run(config, dry=True)
     corpus = language_model.read_corpus(config)
     say(f"corpus: {corpus.describe()}")

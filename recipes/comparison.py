@@ -6,10 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from analysis.compare import compare
 from graphmoe import checkpoint
 from graphmoe.data import Corpus
-from graphmoe.errors import ConfigError
+from graphmoe.errors import CheckpointError, ConfigError
 from graphmoe.models.cost import forward_flops
 from graphmoe.train.config import changed, from_run
 from recipes import language_model
@@ -43,21 +45,43 @@ def match_cost(arms: Arms, reference: str, corpus: Corpus, *, equal: str) -> dic
         if abs(cost / aim - 1) > 0.01:
             what = f"no width of the experts gives {name} as many {equal} as {reference}"
             raise ConfigError(what, "--expert_dim", f"{aim:,} within 1 %", f"{cost:,}")
-        say(f"{name}: experts of {width} channels, {cost:,} active {equal} a token")
+        unit = "active parameters" if equal == "parameters" else "operations"
+        say(f"{name}: experts of {width} channels, {cost:,} {unit} a token")
     return matched
 
 
 def tune_and_train(
-    arms: Arms, run_dir: Path, corpus: Corpus, *, rates: Sequence[float], seeds: Sequence[int]
+    arms: Arms,
+    run_dir: Path,
+    corpus: Corpus,
+    *,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    recipe: str = "coupled_lm",
 ) -> None:
     """Train every arm with every learning rate on the first seed, and with its best one on the others.
 
-    Runs that are finished are kept, one that was stopped goes on. One half of the held-out text
-    chooses the learning rate; every result is on the other.
+    Runs that are finished are kept, one that was stopped goes on. All arms have one seed before any has
+    two. One half of the held-out text chooses the learning rate; every result is on the other. With a
+    single rate there is nothing to choose, and results are on all of it.
+
+    Args:
+        arms: Configs by name.
+        run_dir: Where the runs go.
+        corpus: What they are trained and scored on.
+        rates: Learning rates to choose from.
+        seeds: Seeds of every arm.
+        recipe: The recipe that the runs belong to, whose command evaluates and resumes them.
     """
-    choose, score = corpus.split_held_out()
+    choose, score = corpus.split_held_out() if len(rates) > 1 else (None, corpus)
     total = len(arms) * (len(rates) + len(seeds) - 1)
-    study = _Study(run_dir, score, choose, total)
+    study = _Study(run_dir, recipe, score, choose, total)
+    if choose is None:
+        _keep_rates(run_dir, {name: {} for name in arms}, dict.fromkeys(arms, rates[0]))
+        for seed in seeds:
+            for name, config in arms.items():
+                study.train(name, config, rates[0], seed)
+        return
     losses: dict[str, dict[float, float]] = {name: {} for name in arms}
     for rate in rates:
         for name, config in arms.items():
@@ -67,36 +91,43 @@ def tune_and_train(
     for name, tried in losses.items():
         text = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in tried.items())
         say(f"{name}: learning rate {best[name]:g}; losses that chose it: {text}")
-    by_name = {name: {f"{rate:g}": loss for rate, loss in tried.items()} for name, tried in losses.items()}
-    checkpoint.write_json(run_dir / TUNING, {"losses": by_name, "best": best})
+    _keep_rates(run_dir, losses, best)
     for seed in seeds[1:]:
         for name, config in arms.items():
             study.train(name, config, best[name], seed)
 
 
 def report(run_dir: str | os.PathLike, recipe: str, baseline: str) -> None:
-    """Print the table of a finished comparison; write it, its picture and ``result.json``.
+    """Print the table of the finished runs of a comparison; write it, its pictures and ``result.json``.
+
+    Args:
+        run_dir: Where the runs are.
+        recipe: Name of the comparison.
+        baseline: The arm that the others are compared with, if it is among them.
 
     Raises:
         CheckpointError: If the comparison has not got so far, or a file of it is damaged.
     """
     run_dir = Path(run_dir)
     best = checkpoint.read_json(run_dir / TUNING)["best"]
+    finished = set(_finished(run_dir))
     records, labels = [], []
     for name, rate in best.items():
-        for path in sorted(run_dir.glob(f"{name}-lr{rate:g}-seed*")):
+        for path in sorted(finished & set(run_dir.glob(f"{name}-lr{rate:g}-seed*"))):
             records.append(checkpoint.read(path))
             labels.append(name)
-    table = compare(records, baseline=baseline, labels=labels)
+    if not records:
+        raise CheckpointError("no run is finished", run_dir)
+    table = compare(records, baseline=baseline if baseline in labels else None, labels=labels)
     say(table.markdown())
     results = [record.result for record in records]
     metrics = {}
-    for name in best:
+    for name in dict.fromkeys(labels):
         losses = [r["metrics"]["loss"] for r, label in zip(results, labels, strict=True) if label == name]
         metrics[name] = sum(losses) / len(losses)
     same = ("baseline", "chance", "dataset", "device", "versions")
     result = {"recipe": recipe, "metrics": metrics, **{key: results[0][key] for key in same}}
-    result["seconds"] = sum(checkpoint.read(path).result["seconds"] for path in _finished(run_dir))
+    result["seconds"] = sum(checkpoint.read(path).result["seconds"] for path in finished)
     checkpoint.write_json(run_dir / "result.json", result)
     for path in table.save(run_dir):
         say(str(path))
@@ -107,8 +138,9 @@ class _Study:
     """Trains runs one after another, skips what is finished and says how much is left."""
 
     run_dir: Path
+    recipe: str
     score: Corpus
-    choose: Corpus
+    choose: Corpus | None
     total: int
     done: int = 0
     trained: int = 0
@@ -137,10 +169,17 @@ class _Study:
         say(f"\nrun {self.done} of {self.total}: {run_name}{left}")
         began = time.perf_counter()
         result = language_model.train(
-            config, "coupled_lm", corpus=self.score, validation=self.choose, pictures=False
+            config, self.recipe, corpus=self.score, validation=self.choose, pictures=False
         )
         self.trained, self.seconds = self.trained + 1, self.seconds + time.perf_counter() - began
         return result
+
+
+def _keep_rates(
+    run_dir: Path, losses: Mapping[str, Mapping[float, float]], best: Mapping[str, float]
+) -> None:
+    by_name = {name: {f"{rate:g}": loss for rate, loss in tried.items()} for name, tried in losses.items()}
+    checkpoint.write_json(run_dir / TUNING, {"losses": by_name, "best": dict(best)})
 
 
 def _finished(run_dir: Path) -> list[Path]:
@@ -152,5 +191,6 @@ def _with_width(config: LanguageModelConfig, width: int) -> LanguageModelConfig:
 
 
 def _cost(config: LanguageModelConfig, corpus: Corpus, equal: str) -> int:
-    model = build_model(config, corpus)
+    with torch.device("meta"):  # sizes without numbers
+        model = build_model(config, corpus)
     return model.num_active_parameters() if equal == "parameters" else forward_flops(model, config.seq_len)

@@ -3,13 +3,14 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from graphmoe.data import Corpus
 from graphmoe.errors import ConfigError
 from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM
-from graphmoe.train.config import RunConfig, flag
+from graphmoe.train.config import flag
 from graphmoe.train.loop import reseed
+from recipes.collaboration_config import CollaborationConfig
 
 # The words of the command line, where they differ from those of transformers and of layers.
 _MODEL_WORDS = {
@@ -20,33 +21,47 @@ _MODEL_WORDS = {
     "num_kv_heads": "num_key_value_heads",
     "seq_len": "max_position_embeddings",
     "top_k": "num_experts_per_tok",
+    "collab_dim": "collab_hidden_size",
+    "gradient_checkpointing": "checkpoint_policy",
 }
 _FLAGS = {word: name for name, word in _MODEL_WORDS.items()} | {
     "k": "top_k",
     "heads": "num_heads",
     "kv_heads": "num_kv_heads",
+    "mediator": "collab_mediator",
+    "graph": "collab_graph",
+    "hidden_channels": "collab_dim",
 }
 
 
 @dataclass(kw_only=True)
-class LanguageModelConfig(RunConfig):
+class LanguageModelConfig(CollaborationConfig):
     """Flags of every language-model recipe; a recipe overrides defaults."""
 
     max_steps: int = flag(560, "optimiser steps to train for")
     batch_size: int = flag(8, "sequences in a batch")
     learning_rate: float = flag(4e-3, "peak learning rate")
-    embed_dim: int = flag(128, "channels of a token")
-    num_layers: int = flag(4, "blocks")
-    num_heads: int = flag(4, "attention heads")
-    num_kv_heads: int | None = flag(None, "key and value heads; as many as --num_heads without it")
+    dataset: str | None = flag(
+        None, "what to train on; without it what lies in --data_dir, or without that either stdlib"
+    )
+    embed_dim: int = flag(128, "channels of a token", aliases=["--d_model"])
+    num_layers: int = flag(4, "blocks", aliases=["--n_layers"])
+    num_heads: int = flag(4, "attention heads", aliases=["--n_heads"])
+    num_kv_heads: int | None = flag(
+        None, "key and value heads; as many as --num_heads without it", aliases=["--n_kv_heads"]
+    )
     expert_dim: int = flag(128, "channels inside one expert")
-    num_experts: int = flag(6, "primary experts of a block; 1 is a dense model")
+    num_experts: int = flag(6, "primary experts of a block; 1 is a dense model", aliases=["--n_experts"])
     top_k: int = flag(3, "experts a token")
-    seq_len: int = flag(128, "tokens of a training sequence")
+    seq_len: int = flag(
+        128, "tokens of a training sequence, and the most that the model takes", aliases=["--max_seq_len"]
+    )
     dropout: float = flag(0.0, "dropout on residual branches")
     post_norm: float | None = flag(0.2, "start of the gain of the norm behind the experts")
-    coupling: str = flag("none", "how the experts of a token talk: none, gnn or hyper")
-    coupling_layers: int | None = flag(None, "rounds of coupling; 2 for gnn and 1 for hyper without it")
+    coupling: str = flag("none", "how the experts of a token talk: none, gnn, hyper or collab")
+    coupling_layers: int | None = flag(
+        None, "rounds of coupling; 1 for hyper and else 2 without it", aliases=["--moc_collab_steps"]
+    )
     coupling_norm: bool = flag(False, "RMSNorm of what the experts of a token say to one another")
     coupling_scale: float | None = flag(
         None, "start of a learned factor of what coupling adds; without it there is none"
@@ -60,7 +75,9 @@ class LanguageModelConfig(RunConfig):
     hyperedge_attention: bool = flag(False, "weigh the members of hyperedges by attention")
     max_hyperedges: int = flag(4096, "most hyperedges of a block")
     routed_scaling_factor: float = flag(1.0, "what the routing weights of a token sum to")
-    fusion: str = flag("sum", "what returns to a token: sum of its rows by routing weight, or mean")
+    fusion: str = flag(
+        "sum", "what returns to a token: sum of its rows by routing weight, mean, or gated with the mediator"
+    )
     fusion_projection: bool = flag(False, "linear map, GELU and LayerNorm behind the fused rows")
     num_ghosts: int = flag(0, "ghost experts of a block", aliases=["--ghost_num_ghost_experts"])
     ghost_activation_threshold: float = flag(0.01, "saturation above which a ghost wakes")
@@ -72,8 +89,10 @@ class LanguageModelConfig(RunConfig):
     ghost_learning_rate: float | None = flag(
         None, "peak learning rate of ghosts, for inverse and complementary; --learning_rate without it"
     )
-    router_aux_loss_coef: float = flag(0.01, "weight of the load-balancing loss")
-    router_z_loss_coef: float = flag(0.001, "weight of the router z-loss")
+    router_aux_loss_coef: float = flag(
+        0.01, "weight of the load-balancing loss", aliases=["--aux_loss_weight"]
+    )
+    router_z_loss_coef: float = flag(0.001, "weight of the router z-loss", aliases=["--router_z_loss_weight"])
     orthogonality_output_coef: float = flag(0.0, "weight of the orthogonality of mean expert outputs")
     orthogonality_weight_coef: float = flag(0.0, "weight of the orthogonality of expert weights")
     orthogonality_warmup_steps: int = flag(1000, "optimiser steps until orthogonality has full strength")
@@ -89,19 +108,46 @@ class LanguageModelConfig(RunConfig):
     tokenizer: str = flag("bpe", "bpe (trained on the corpus), bytes, or a pretrained tokenizer's name")
     vocab_size: int = flag(4096, "tokens of a trained vocabulary")
     held_out: float = flag(0.1, "fraction of the documents never trained on")
-    eval_windows: int = flag(64, "held-out sequences scored while training; the end scores all")
+    eval_windows: int = flag(64, "held-out sequences scored while training")
+    final_windows: int | None = flag(None, "held-out sequences scored at the end; all without it")
     sample: str | None = flag(None, "text to continue, at the end of training or with --evaluate")
-    sample_tokens: int = flag(96, "tokens of a sample; 0 for none")
+    sample_tokens: int = flag(96, "most tokens of a sample; 0 for none")
+    sample_temperature: float = flag(0.8, "temperature of a sample; 0 takes the likeliest token each time")
+    sample_top_k: int = flag(50, "tokens that a sample chooses from each time; 0 for all")
+    sample_top_p: float = flag(1.0, "probability that those tokens have at most together")
     epochs: float | None = flag(None, "passes over the training tokens, in place of --max_steps")
 
     def __post_init__(self):
         super().__post_init__()
+        if self.dataset is None:
+            self.dataset = "stdlib" if self.data_dir is None else "."
+        self.require("dropout", 0 <= self.dropout < 1, "a number >= 0 and < 1")
+        talks = self.coupling == "collab" and self.coupling_layers != 0
+        if talks or self.router == "contextual":
+            fits = self.collab_heads >= 1 and self.embed_dim % self.collab_heads == 0
+            self.require("collab_heads", fits, f"a divisor of --embed_dim {self.embed_dim}")
+        if self.decode_rounds is not None:
+            possible = self.decode_rounds >= 0 and talks
+            self.require("decode_rounds", possible, "a number >= 0, of experts with --coupling collab")
+        for name in ("eval_windows", "final_windows"):
+            value = getattr(self, name)
+            self.require(name, value is None or value >= 1, "a number >= 1")
+        heat, share = self.sample_temperature, self.sample_top_p
+        self.require("sample_temperature", 0 <= heat < math.inf, "a finite number >= 0")
+        self.require("sample_top_k", self.sample_top_k >= 0, "a number >= 0")
+        self.require("sample_top_p", 0 < share <= 1, "a number > 0 and <= 1")
         self.require("epochs", self.epochs is None or 0 < self.epochs < math.inf, "a number > 0")
         self.require("sample_tokens", self.sample_tokens >= 0, "a number >= 0")
         rate = self.ghost_learning_rate
         self.require("ghost_learning_rate", rate is None or 0 <= rate < math.inf, "a finite number >= 0")
         if self.hyperedges is not None:
             self.hyperedge_strategy = "custom"
+
+
+def with_default(name: str, value: Any) -> Any:
+    """The flag ``name`` of :class:`LanguageModelConfig` with another default, its aliases included."""
+    metadata = LanguageModelConfig.__dataclass_fields__[name].metadata
+    return dataclasses.field(default=value, metadata=metadata)
 
 
 def parse_hyperedges(text: str) -> list[list[int]]:
@@ -119,6 +165,7 @@ def build_model(config: LanguageModelConfig, corpus: Corpus) -> GraphMoEForCausa
     end = None if corpus.tokenizer is None else corpus.tokenizer.eos_token_id
     settings["hyperedges"] = None if config.hyperedges is None else parse_hyperedges(config.hyperedges)
     settings |= {"vocab_size": corpus.vocab_size, "eos_token_id": end, "bos_token_id": end}
+    settings["checkpoint_policy"] = config.checkpoint_policy
     reseed(config.seed, 0)
     try:
         return GraphMoEForCausalLM(GraphMoEConfig(**{k: v for k, v in settings.items() if k in known}))

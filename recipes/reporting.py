@@ -1,15 +1,13 @@
-"""What language-model recipes say at the end of a run: scores, speed, memory, ghosts, a sample."""
+"""What language-model recipes say at the end of a run: scores, speed, memory, ghosts."""
 
 import math
 import resource
 import sys
 from pathlib import Path
 
-from torch import nn
-
 from graphmoe import checkpoint
 from graphmoe.data import Corpus
-from graphmoe.train.loop import reseed
+from graphmoe.train.ranks import launched_rank
 
 
 def scores(corpus: Corpus, loss: float) -> dict[str, float | None]:
@@ -27,22 +25,6 @@ def peak_rss_mb() -> float:
     """Largest resident memory of this process so far, MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def sample_text(
-    model: nn.Module, corpus: Corpus, *, prompt: str | None, num_tokens: int, seed: int
-) -> str | None:
-    """Continue ``prompt``, or the beginning of a held-out document; a bar marks where the model began."""
-    if corpus.tokenizer is None:
-        return None
-    text = prompt or corpus.tokenizer.decode(corpus.held_out[:12].tolist())
-    ids = corpus.tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
-    reseed(seed, 0)
-    out = model.eval().generate(
-        ids, max_new_tokens=num_tokens, do_sample=True, temperature=0.8, top_k=50,
-        pad_token_id=corpus.tokenizer.eos_token_id,
-    )  # fmt: skip
-    return f"{text}|{corpus.tokenizer.decode(out[0, ids.size(1) :].tolist())}"
 
 
 def ghost_steps(run_dir: Path) -> dict[str, list[dict]]:
@@ -87,5 +69,6 @@ def report(result: dict) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line to the terminal."""
-    print(text, flush=True)
+    """Print a line to the terminal; of the processes of one run only the main one does."""
+    if launched_rank() == 0:
+        print(text, flush=True)

@@ -7,6 +7,7 @@ tensors are safetensors, everything else is JSON or flat YAML, and every text fi
 """
 
 from graphmoe.checkpoint.manifest import read_manifest, verify, versions
+from graphmoe.checkpoint.shards import WholeState, whole_state
 from graphmoe.checkpoint.store import latest, restore, save
 from graphmoe.files import RunLock, atomic_write_bytes, read_json, write_json
 from graphmoe.run_record import RunRecord, read, truncate_metrics, write_records
@@ -14,6 +15,7 @@ from graphmoe.run_record import RunRecord, read, truncate_metrics, write_records
 __all__ = [
     "RunLock",
     "RunRecord",
+    "WholeState",
     "atomic_write_bytes",
     "latest",
     "read",
@@ -24,6 +26,7 @@ __all__ = [
     "truncate_metrics",
     "verify",
     "versions",
+    "whole_state",
     "write_json",
     "write_records",
 ]

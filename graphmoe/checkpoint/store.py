@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from graphmoe.checkpoint.manifest import MANIFEST, OPTIMIZER, STATE, WEIGHTS, verify, write_manifest
+from graphmoe.checkpoint.shards import WholeState
 from graphmoe.checkpoint.tensors import load_model, read_optimizer, write_model, write_optimizer
 from graphmoe.errors import CheckpointError, ConfigError
 from graphmoe.files import (
@@ -34,6 +35,7 @@ def save(
     state: Mapping[str, Any],
     extras: Sequence[Callable[[Path], None]] = (),
     keep: int = 2,
+    whole: WholeState | None = None,
 ) -> Path:
     """Write the checkpoint ``run_dir/step-<step>`` whole and durably, or leave the run as it was.
 
@@ -51,6 +53,8 @@ def save(
         extras: Called with the folder being written, to add files such as a tokenizer.
         keep: Number of newest checkpoints to keep, at least 1. Older ones are deleted only after
             the new one is durable.
+        whole: What :func:`~graphmoe.checkpoint.whole_state` collected, if ``model`` is sharded; the files
+            are then those of a model that is not.
 
     Returns:
         The folder of the new checkpoint.
@@ -68,8 +72,9 @@ def save(
         with write_errors(final):
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-            write_model(draft / WEIGHTS, model)
-            write_optimizer(draft / OPTIMIZER, model, optimizer)
+            weights, slots = (None, None) if whole is None else whole
+            write_model(draft / WEIGHTS, model, weights)
+            write_optimizer(draft / OPTIMIZER, model, optimizer, slots)
             (draft / STATE).write_bytes(to_json(state))
             for extra in extras:
                 extra(draft)
@@ -127,7 +132,8 @@ def restore(
 ) -> dict[str, Any]:
     """Put a checkpoint back, bit for bit; a checkpoint that does not fit changes nothing.
 
-    Files are not hashed again: :func:`latest` and :func:`verify` do that.
+    Files are not hashed again: :func:`latest` and :func:`verify` do that. A sharded model takes its slices;
+    every process reads the files itself.
 
     Args:
         step_dir: The folder of the checkpoint.

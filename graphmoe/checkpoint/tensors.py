@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from graphmoe.checkpoint.shards import is_shard, share_like
 from graphmoe.errors import CheckpointError
 from graphmoe.files import parse_json
 from graphmoe.run_record import read_tensors, without_sharing
@@ -17,13 +18,19 @@ from graphmoe.run_record import read_tensors, without_sharing
 _FACTORED = ("row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col")
 
 
-def write_model(path: Path, model: torch.nn.Module) -> None:
-    """Write the weights of a model, and beside them what its ``save_pretrained`` adds."""
+def write_model(path: Path, model: torch.nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write the weights of a model, and beside them what its ``save_pretrained`` adds.
+
+    Args:
+        path: The file of the weights.
+        model: The model.
+        weights: What stands for the weights of a model that holds slices of them only.
+    """
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained(path.parent)
+        model.save_pretrained(path.parent, state_dict=None if weights is None else dict(weights))
         return
     unique: dict[tuple, str] = {}
-    tensors = _model_tensors(model)
+    tensors = _model_tensors(model) if weights is None else weights
     for name, tensor in tensors.items():
         unique.setdefault(_place(name, tensor), name)
     _write_tensors(path, {name: tensors[name] for name in unique.values()}, {"format": "pt"})
@@ -40,11 +47,22 @@ def load_model(path: Path, model: torch.nn.Module) -> None:
     _check_weights(weights, targets, path)
     with torch.no_grad():
         for name, tensor in weights.items():
-            targets[name].copy_(tensor)
+            targets[name].copy_(share_like(tensor, targets[name]))
 
 
-def write_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def write_optimizer(
+    path: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    slots: Mapping[Tensor, Mapping[str, Any]] | None = None,
+) -> None:
     """Write an optimiser's tensors as ``{parameter}/{slot}``; plain numbers go into the metadata.
+
+    Args:
+        path: The file.
+        model: Names the parameters.
+        optimizer: The optimiser.
+        slots: What stands for the ``state`` of an optimiser that holds slices of it only.
 
     Raises:
         CheckpointError: If there is state of no parameter of the model, or of another type.
@@ -52,11 +70,11 @@ def write_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.O
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, float] = {}
-    for parameter, slots in optimizer.state.items():
+    for parameter, values in (optimizer.state if slots is None else slots).items():
         if parameter not in names:
             what = "optimizer holds state of a tensor that is no parameter of the model"
             raise CheckpointError(what, path.name)
-        for slot, value in slots.items():
+        for slot, value in values.items():
             name = f"{names[parameter]}/{slot}"
             if isinstance(value, Tensor):
                 tensors[name] = value
@@ -95,7 +113,10 @@ def read_optimizer(
         if isinstance(value, Tensor):
             if value.dim() and slot not in _FACTORED:
                 _check_shape(value, parameter, f"optimizer state {key}", path)
-            value = value.to(_slot_device(slot, parameter, groups[parameter]), copy=True)
+            if value.shape == parameter.shape and is_shard(parameter):
+                value = share_like(value, parameter)
+            else:
+                value = value.to(_slot_device(slot, parameter, groups[parameter]), copy=True)
         state.setdefault(parameter, {})[slot] = value
     return state
 
@@ -105,7 +126,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str
 
 
 def _model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    tensors = model.state_dict()
+    # keep_vars: slices of two parameters can both be empty; that names are one parameter shows only there.
+    tensors = model.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError("model state is not a tensor", name, got=type(tensor))
@@ -114,6 +136,8 @@ def _model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def _place(name: str, tensor: Tensor) -> tuple:
     """What two tensors have in common when they are the same memory, as tied weights are."""
+    if is_shard(tensor):
+        return (id(tensor),)
     if tensor.numel() == 0:
         return (name,)
     return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())

@@ -12,9 +12,10 @@ from graphmoe.errors import ConfigError
 from graphmoe.models.blocks import build_block, build_orthogonality
 from graphmoe.models.configuration import GraphMoEConfig
 from graphmoe.models.cost import active_parameters
+from graphmoe.models.head import next_token_loss
 from graphmoe.models.outputs import GraphMoECausalLMOutput, GraphMoEModelOutput
 from graphmoe.models.pretrained import GraphMoEPreTrainedModel
-from graphmoe.nn import MoELayer, moe_layers, rotary
+from graphmoe.nn import MoELayer, RMSNorm, moe_layers, rotary
 from graphmoe.typing import Record
 
 
@@ -25,7 +26,7 @@ class GraphMoEModel(GraphMoEPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(build_block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -147,10 +148,13 @@ class GraphMoEForCausalLM(GraphMoEPreTrainedModel, GenerationMixin):
             reasoning_steps=reasoning_steps,
         )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        x = outputs.last_hidden_state[:, keep]
         total = lm_loss = aux = None
-        if labels is not None:
-            total = lm_loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        if labels is None:
+            logits = self.lm_head(x)
+        else:
+            lm_loss, logits = next_token_loss(self.lm_head, x, labels, self.loss_function, **kwargs)
+            total = lm_loss
             aux = self.aux_losses(outputs.records, outputs.last_hidden_state, attention_mask)
             for name, value in aux.items():
                 total = total + self._coefficient(name) * value

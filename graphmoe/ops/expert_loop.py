@@ -22,6 +22,10 @@ RUN_VALUES = 1 << 20
 RUN_ROWS = 128
 """Rows a run may have at any ``F``, so that its products stay efficient."""
 
+FEW_ROWS = 8
+"""Rows up to which the time of a product on a CPU is that of reading its weights, as when one sequence is
+decoded. A BLAS reads them about twice as fast as its left operand if there are more outputs than inputs."""
+
 STRIP_VALUES = 1 << 17
 """Hidden values of one strip, per thread: elementwise work on a CPU goes strip by strip, so that what one
 operation writes is still in the cache when the next one reads it."""
@@ -51,7 +55,7 @@ def apply_loop(
         start, end = run[0][1], run[-1][2]
         pre = hidden[start:end] if keep else hidden[: end - start]
         for expert, low, high in run:
-            torch.mm(rows[low:high], first[expert], out=pre[low - start : high - start])
+            _expand(rows[low:high], first[expert], pre[low - start : high - start])
         activate(activation, pre.split(width, dim=1), active[: end - start])
         for expert, low, high in run:
             torch.mm(active[low - start : high - start], second[expert], out=out[low:high])
@@ -119,6 +123,16 @@ def back_loop(
             torch.addmm(total, grad_pre[here].t(), rows[low:high], beta=beta, out=total)
             torch.mm(grad_pre[here], first[expert], out=grad_rows[low:high])
     return grad_rows, grad_gate_up, grad_down, grad_weight
+
+
+def _expand(rows: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``rows [r, D] @ weight [D, W]``, where ``weight`` is a transposed view and ``W > D``, to ``out``."""
+    if rows.size(0) > FEW_ROWS or rows.device.type != "cpu":
+        torch.mm(rows, weight, out=out)
+    else:
+        # A product of two vectors at least: with one, another kernel is taken, which reads more slowly.
+        several = rows if rows.size(0) > 1 else rows.repeat(2, 1)
+        out.copy_(torch.mm(weight.t(), several.t()).t()[: rows.size(0)])
 
 
 def activate(activation: str, pre: tuple[Tensor, ...], out: Tensor) -> None:

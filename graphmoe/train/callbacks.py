@@ -21,6 +21,8 @@ from graphmoe.train.optim import (
     require_ghost_rates,
     scale_updates,
 )
+from graphmoe.train.parallel import whole_parameters
+from graphmoe.train.ranks import together
 from graphmoe.typing import Record
 
 
@@ -126,7 +128,7 @@ class Evaluate(Callback):
 
 
 class Save(Callback):
-    """Writes a checkpoint and, before it, the records so far."""
+    """Writes a checkpoint and, before it, the records so far: on the main rank, while the others wait."""
 
     def __init__(
         self,
@@ -139,15 +141,37 @@ class Save(Callback):
         self.records, self.extras, self.keep, self.facts = records, extras, keep, dict(facts or {})
 
     def on_step(self, state: TrainState, model: nn.Module, outputs: object) -> None:
-        if state.accelerator.is_main_process:
-            if self.records is not None:
-                self.records.write(state, model)
-            facts = {"step": state.step, "max_steps": state.max_steps, **self.facts}
-            checkpoint.save(
-                state.run_dir, state.step, model=model, optimizer=state.optimizer, state=facts,
-                extras=self.extras, keep=self.keep,
-            )  # fmt: skip
-        state.accelerator.wait_for_everyone()
+        writes = state.accelerator.is_main_process
+        whole = checkpoint.whole_state(model, state.optimizer, keep=writes)
+        with together(state.accelerator):
+            if writes:
+                if self.records is not None:
+                    self.records.write(state, model)
+                facts = {"step": state.step, "max_steps": state.max_steps, **self.facts}
+                checkpoint.save(
+                    state.run_dir, state.step, model=model, optimizer=state.optimizer, state=facts,
+                    extras=self.extras, keep=self.keep, whole=whole,
+                )  # fmt: skip
+
+
+class Unsharded(Callback):
+    """Passes every step on to a callback, which finds the parameters of a sharded model whole.
+
+    They then take the memory of the whole model in every process.
+    """
+
+    def __init__(self, callback: Callback):
+        self.callback = callback
+
+    def on_start(self, state: TrainState, model: nn.Module) -> None:
+        self.callback.on_start(state, model)
+
+    def on_step(self, state: TrainState, model: nn.Module, outputs: object) -> None:
+        with whole_parameters(model):
+            self.callback.on_step(state, model, outputs)
+
+    def on_end(self, state: TrainState, model: nn.Module) -> None:
+        self.callback.on_end(state, model)
 
 
 class Progress(Callback):

@@ -1,5 +1,6 @@
 """A command around a run: the device and the directory it gets, and the exit status it ends with."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -34,8 +35,9 @@ def exit_code(main: Callable[[Sequence[str] | None], Any], argv: Sequence[str] |
         argv: Its arguments; ``None`` leaves the choice to ``main``.
 
     Returns:
-        0; or 2 after a :class:`~graphmoe.errors.GraphMoEError`, written to stderr as one line; or
-        130 after Ctrl-C; or ``128 + signum`` after :class:`Stopped` (143 for SIGTERM).
+        0; or 2 after a :class:`~graphmoe.errors.GraphMoEError`, written to stderr as one line (of the
+        processes that torchrun starts on a machine, by the first); or 130 after Ctrl-C; or
+        ``128 + signum`` after :class:`Stopped` (143 for SIGTERM).
     """
     try:
         main(argv)
@@ -44,6 +46,8 @@ def exit_code(main: Callable[[Sequence[str] | None], Any], argv: Sequence[str] |
     except KeyboardInterrupt:
         return 130
     except GraphMoEError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return 2  # all processes end for the same reason, and the first says it
         sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")
         return 2
     return 0

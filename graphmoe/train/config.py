@@ -67,20 +67,32 @@ class RunConfig:
     """
 
     max_steps: int = flag(1000, "optimiser steps to train for")
-    batch_size: int = flag(16, "sequences in a batch")
+    batch_size: int = flag(16, "sequences in a batch, in all processes together")
     gradient_accumulation_steps: int = flag(1, "batches in an optimiser step")
     learning_rate: float = flag(1e-3, "peak learning rate")
     min_lr_ratio: float = flag(
         0.0, "last learning rate as a fraction of the peak, for schedules that have one"
     )
     weight_decay: float = flag(0.1, "decoupled weight decay, a step and unit of learning rate")
+    adam_beta1: float = flag(0.9, "decay of AdamW's mean of gradients", aliases=["--beta1"])
+    adam_beta2: float = flag(0.95, "decay of AdamW's mean of squared gradients", aliases=["--beta2"])
     warmup_steps: int = flag(50, "optimiser steps until the peak learning rate")
     lr_scheduler_type: str = flag("cosine", "learning-rate schedule, a name that transformers knows")
-    max_grad_norm: float = flag(1.0, "largest norm of all gradients together; inf does not clip")
+    max_grad_norm: float = flag(
+        1.0, "largest norm of all gradients together; inf does not clip", aliases=["--grad_clip"]
+    )
     bf16: bool = flag(False, "compute in bfloat16, keep weights in float32")
+    compile_model: bool = flag(False, "compile the model with torch.compile; if that fails, run it as it is")
+    parallel: Literal["ddp", "fsdp"] = flag(
+        "ddp", "what each process of a distributed run holds: the whole model, or slices of it (FSDP2)"
+    )
     eval_every: int = flag(100, "optimiser steps between evaluations")
-    save_every: int = flag(100, "optimiser steps between checkpoints")
-    log_every: int = flag(10, "optimiser steps between lines of metrics")
+    save_every: int = flag(100, "optimiser steps between checkpoints", aliases=["--save_interval"])
+    log_every: int = flag(10, "optimiser steps between lines of metrics", aliases=["--log_interval"])
+    track: Literal["tensorboard", "wandb"] | None = flag(None, "also send metrics to this tracker")
+    track_project: str | None = flag(
+        None, "project of the tracker; implies wandb without --track", aliases=["--wandb_project"]
+    )
     keep_checkpoints: int = flag(2, "newest checkpoints to keep")
     seed: int = flag(0, "seed of weights, data order and noise")
     device: Literal["auto", "cpu", "cuda"] = flag(
@@ -89,7 +101,9 @@ class RunConfig:
     num_threads: int | None = flag(None, "CPU threads of torch; torch decides without it")
     dataset: str = flag("stdlib", "what to train on")
     data_dir: str | None = flag(None, "folder of downloaded or prepared data")
-    run_name: str | None = flag(None, "name of the run's folder; the recipe's name without it")
+    run_name: str | None = flag(
+        None, "name of the run's folder; the recipe's name without it", aliases=["--wandb_run_name"]
+    )
     out_dir: str = flag("runs", "folder of all runs")
     resume: bool = flag(False, "go on from the newest checkpoint of the run")
     overwrite: bool = flag(False, "delete the run of this name first")
@@ -102,11 +116,17 @@ class RunConfig:
         for name in ("learning_rate", "weight_decay"):
             value = getattr(self, name)
             self.require(name, math.isfinite(value) and value >= 0, "a finite number >= 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            self.require(name, 0 <= getattr(self, name) < 1, "a number >= 0 and < 1")
         self.require("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "a number from 0 to 1")
         self.require("warmup_steps", self.warmup_steps >= 0, "a number >= 0")
         self.require("max_grad_norm", self.max_grad_norm > 0, "a number > 0")
         self.require("seed", 0 <= self.seed < 2**63, "a number from 0 to 2^63 - 1")
         self.require("num_threads", self.num_threads is None or self.num_threads >= 1, "a number >= 1")
+        if self.track_project is not None:
+            named = bool(_NAME.fullmatch(self.track_project))
+            self.require("track_project", named, "a plain name: no / or \\, no . in front")
+            self.track = self.track or "wandb"
         plain = self.run_name is None or (_NAME.fullmatch(self.run_name) and ".." not in self.run_name)
         self.require("run_name", bool(plain), "a plain name: no / or \\, no .., no . in front")
         chosen = [f"--{name}" for name in ("resume", "overwrite", "evaluate") if getattr(self, name)]

@@ -3,21 +3,27 @@
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from graphmoe import checkpoint
+from graphmoe.checkpoint.shards import whole
 from graphmoe.errors import GraphMoEError
 from graphmoe.train.config import RunConfig, Stopped
 from graphmoe.train.optim import adamw
+from graphmoe.train.parallel import compiled, gradient_norm, parallelize
 from graphmoe.train.ranks import any_rank, make_accelerator, mean_of_ranks
 from graphmoe.train.schedule import lr_schedule
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Batch = dict[str, object]
 
@@ -103,11 +109,16 @@ def fit(
     callbacks: Sequence[Callback] = (),
     setup: Callable[[torch.optim.Optimizer], None] | None = None,
     resume_from: Path | None = None,
+    accelerator: "Accelerator | None" = None,
 ) -> TrainState:
     """Train ``model`` for ``config.max_steps`` optimiser steps.
 
+    In several processes every one of them calls this with the same arguments, and each trains on its share
+    of every batch; the steps are those of one process on the whole batch. With ``parallel: fsdp`` the
+    parameters of ``model`` are slices afterwards, which :mod:`graphmoe.checkpoint` can write and read.
+
     Args:
-        model: Returns an output with ``loss`` when called with a batch.
+        model: Returns an output with ``loss`` when called with a batch; equal in all processes.
         batches: ``(index, size, slots) -> batch``: the rows ``slots`` of global batch ``index`` of
             ``size`` rows, a pure function of its arguments. Index ``step * accumulation + micro``.
         config: Steps, batch size, schedule, precision, seed, device, threads.
@@ -115,7 +126,8 @@ def fit(
         callbacks: Called in order, after every step.
         setup: Called with the optimiser before it is used.
         resume_from: Checkpoint to continue from; the remaining steps are those of a run that was
-            never stopped, bit for bit.
+            never stopped, bit for bit with as many processes, otherwise up to rounding.
+        accelerator: Of the run, from :func:`~graphmoe.train.ranks.make_accelerator`. Default: a new one.
 
     Raises:
         ConfigError: ``batch_size`` is no multiple of the number of processes.
@@ -124,24 +136,43 @@ def fit(
     """
     from accelerate.utils import send_to_device
 
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config) if accelerator is None else accelerator
     rank, world = accelerator.process_index, accelerator.num_processes
     share = slice(rank * config.batch_size // world, (rank + 1) * config.batch_size // world)
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)  # Accelerator sets its own number
-    optimizer = adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+    micros, start = config.gradient_accumulation_steps, 0
     model.to(accelerator.device)
-    start = 0
+    model.train()
+    optimizer = adamw(
+        model,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+    )
+
+    def learn(net: nn.Module, index: int) -> tuple[object, int]:
+        """Add the gradients of one micro-batch; returns its outputs and its number of tokens."""
+        batch = send_to_device(batches(index, config.batch_size, share), accelerator.device)
+        # torch's own: accelerate fixes one precision for the life of a process.
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.bf16):
+            outputs = net(**batch)
+        accelerator.backward(outputs.loss / micros)
+        return outputs, batch["labels"].numel()
+
+    def trial(net: nn.Module) -> None:
+        reseed(config.seed, start, rank)
+        learn(net, start * micros)
+
+    wrapped = parallelize(accelerator, model, optimizer, trial)
     if resume_from is not None:
         start = checkpoint.restore(resume_from, model=model, optimizer=optimizer)["step"]
     if setup is not None:
         setup(optimizer)
+    network = wrapped
+    if config.compile_model:
+        network = compiled(accelerator, wrapped, trial, tolerance=0.3 if config.bf16 else 0.1)
     schedule = lr_schedule(config)
-    wrapped = accelerator.prepare(model)
     state = TrainState(start, config.max_steps, Path(run_dir), optimizer, accelerator)
-    micros = config.gradient_accumulation_steps
 
-    model.train()
     with stop_signals(state):
         try:
             for callback in callbacks:
@@ -155,18 +186,15 @@ def fit(
                 sums: dict[str, Tensor] = {}
                 tokens = 0
                 for micro in range(micros):
-                    batch = batches(state.step * micros + micro, config.batch_size, share)
-                    batch = send_to_device(batch, accelerator.device)
-                    tokens += batch["labels"].numel()
-                    # torch's own: accelerate fixes one precision for the life of a process.
-                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.bf16):
-                        outputs = wrapped(**batch)
-                    accelerator.backward(outputs.loss / micros)
+                    # Gradients of ranks are put together once a step, after those of all micro-batches.
+                    last = micro == micros - 1
+                    with nullcontext() if last else accelerator.no_sync(wrapped):
+                        outputs, count = learn(network, state.step * micros + micro)
+                    tokens += count
                     for name, value in _figures(outputs).items():
                         sums[name] = sums.get(name, 0.0) + value.detach() / micros
                 sums = mean_of_ranks(accelerator, sums)
-                grads = [p.grad for p in model.parameters() if p.grad is not None]
-                grad_norm = nn.utils.get_total_norm(grads)
+                grad_norm = gradient_norm(model)
                 # Before clipping, which would spread one bad number over every gradient.
                 _require_finite(model, state.step, sums["loss"], grad_norm, outputs)
                 nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, grad_norm)
@@ -225,7 +253,8 @@ def _require_finite(model: nn.Module, step: int, loss: Tensor, grad_norm: Tensor
         return
     bad = [f"records[{i}].logits" for i, r in enumerate(getattr(outputs, "records", None) or ())
            if not r.routing.logits.isfinite().all()]  # fmt: skip
-    bad += [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    bad += [name for name, grad in grads.items() if not whole(grad).isfinite().all()]
     raise NonFiniteError(
         "loss or gradient is not finite, weights left as they were",
         f"step {step + 1}, first seen in {bad[0] if bad else 'the loss'}",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from graphmoe.checkpoint.shards import is_shard
 from graphmoe.errors import ConfigError
 
 GhostPolicy = Literal["level", "inverse", "complementary"]
@@ -49,7 +50,13 @@ def scale_updates(optimizer: Optimizer, scales: Mapping[nn.Parameter, Callable[[
         optimizer: Any optimiser; hooks are registered on it.
         scales: For each parameter ``[E, ...]`` a function that returns the scale of each of its
             slices, ``[E]``, at least 0. It is called once before each step.
+
+    Raises:
+        ConfigError: A parameter is sharded, so that a process does not hold the slices whole.
     """
+    if any(is_shard(parameter) for parameter in scales):
+        what = "updates of slices of sharded parameters cannot be scaled"
+        raise ConfigError(what, "--parallel", "ddp with --num_ghosts", "fsdp")
     saved: dict[nn.Parameter, tuple[Tensor, Tensor, Tensor]] = {}
 
     def before(*_) -> None:

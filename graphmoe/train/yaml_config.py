@@ -1,4 +1,13 @@
-"""Settings in flat YAML files, converted by the types of a dataclass rather than by YAML's own rules."""
+"""Settings in YAML files, converted by the types of a dataclass rather than by YAML's own rules.
+
+A file is flat: ``name: value`` lines. The settings of a model may stand in a section of their own, as other
+systems write them; where a setting stands makes no difference::
+
+    model:
+      n_experts: 8
+      top_k: 2
+    learning_rate: 3.0e-4
+"""
 
 import os
 import types
@@ -11,6 +20,10 @@ from graphmoe.errors import ConfigError
 from graphmoe.files import LIMITS, read_bytes
 from graphmoe.train.flags import suggestion
 
+SECTION = "model"
+"""The only key that may hold settings itself."""
+
+_NULL = "tag:yaml.org,2002:null"
 _TRUE, _FALSE = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")
 
 
@@ -19,14 +32,15 @@ def read_config(config_class: type, path: str | os.PathLike) -> dict[str, Any]:
 
     Args:
         config_class: The dataclass whose fields, or aliases of fields, the keys are.
-        path: A flat YAML mapping.
+        path: A flat YAML mapping, except for a section ``model``.
 
     Returns:
         The settings that the file gives, by field name.
 
     Raises:
-        ConfigError: If the file is missing or not a flat mapping, or for an unknown key, a key given
-            twice, or a value of another type; the key is named.
+        ConfigError: If the file is missing or not such a mapping, or for an unknown key, a key given
+            twice (be it once inside the section and once outside), or a value of another type; the key is
+            named.
     """
     return convert(config_class, read_flat_yaml(path), path)
 
@@ -50,7 +64,8 @@ def convert(config_class: type, texts: dict[str, Any], path: str | os.PathLike) 
 
 
 def read_flat_yaml(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a YAML mapping of scalars, or lists of scalars, as the text that stands in the file.
+    """Read a YAML mapping of scalars, or lists of scalars, as the text that stands in the file; what stands
+    in a section ``model`` becomes part of it.
 
     YAML 1.1 reads ``1e-3`` as a string, ``no`` as a boolean and ``010`` as eight; the type of the
     field knows better.
@@ -62,8 +77,8 @@ def read_flat_yaml(path: str | os.PathLike) -> dict[str, Any]:
         The mapping, in the order of the file: text, ``None`` for a plain ``null``, or a list of those.
 
     Raises:
-        ConfigError: If the file is missing, too large, not a flat mapping, has a key twice, or uses
-            anchors, aliases or tags; ``where`` has the line.
+        ConfigError: If the file is missing, too large, not flat but for that section, has a key twice, or
+            uses anchors, aliases or tags; ``where`` has the line.
     """
     text = read_bytes(path, LIMITS["yaml"], error=ConfigError)
     try:
@@ -79,9 +94,13 @@ def read_flat_yaml(path: str | os.PathLike) -> dict[str, Any]:
 class _FlatLoader(yaml.SafeLoader):
     """Composes nodes, constructs nothing, and refuses what a config has no use for."""
 
+    in_section = False
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
-        nested = isinstance(event, yaml.MappingStartEvent) and parent is not None
+        mapping = isinstance(event, yaml.MappingStartEvent) and parent is not None
+        section = mapping and not self.in_section and _is_section(index)
+        nested = mapping and not section
         deep = isinstance(event, yaml.SequenceStartEvent) and isinstance(parent, yaml.SequenceNode)
         if nested or deep:
             raise _problem("nested values are refused", event)
@@ -89,26 +108,42 @@ class _FlatLoader(yaml.SafeLoader):
             raise _problem("anchors and aliases are refused", event)
         if event.tag:
             raise _problem("tags are refused", event)
-        return super().compose_node(parent, index)
+        self.in_section = self.in_section or section
+        node = super().compose_node(parent, index)
+        self.in_section = self.in_section and not section
+        return node
+
+
+def _is_section(key: Any) -> bool:
+    return isinstance(key, yaml.ScalarNode) and key.value == SECTION
 
 
 def _flat_mapping(root: yaml.Node) -> dict[str, Any]:
     if not isinstance(root, yaml.MappingNode):
         raise _problem("it is no list of `name: value` lines", root)
-    mapping: dict[str, Any] = {}
+    lines: list[tuple[yaml.Node, yaml.Node | None]] = []
     for key, value in root.value:
+        if isinstance(value, yaml.MappingNode):
+            lines += [(key, None), *value.value]
+        else:
+            empty = _is_section(key) and value.tag == _NULL
+            lines.append((key, None if empty else value))
+    mapping, seen = {}, set()
+    for key, value in lines:
         if not isinstance(key, yaml.ScalarNode):
             raise _problem("a key has to be a word", key)
-        if key.value in mapping:
+        if key.value in seen:
             raise _problem(f"key {key.value} appears twice", key)
-        mapping[key.value] = _node_text(value)
+        seen.add(key.value)
+        if value is not None:
+            mapping[key.value] = _node_text(value)
     return mapping
 
 
 def _node_text(node: yaml.Node) -> str | list | None:
     if isinstance(node, yaml.SequenceNode):
         return [_node_text(item) for item in node.value]
-    return None if node.tag == "tag:yaml.org,2002:null" else node.value
+    return None if node.tag == _NULL else node.value
 
 
 def _problem(text: str, at: Any) -> yaml.YAMLError:

@@ -152,6 +152,28 @@ def test_runs_of_any_size_agree(monkeypatch, activation):
     assert_equal(results(lambda *a: case.call(*a, reduce=True), case.leaves()), whole)
 
 
+@ACTIVATIONS
+@pytest.mark.parametrize("nodes", [1, 2, 12])
+def test_products_of_few_rows_agree_with_those_of_many(monkeypatch, activation, nodes):
+    case = Case(route(nodes, 2, 4), num_experts=4, activation=activation)
+    monkeypatch.setattr(expert_loop, "FEW_ROWS", 0)
+    many = results(lambda *a: case.call(*a, reduce=True), case.leaves())
+    monkeypatch.setattr(expert_loop, "FEW_ROWS", 1000)
+    assert_equal(results(lambda *a: case.call(*a, reduce=True), case.leaves()), many)
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("rows", [1, 7, 16, 1000])
+def test_strips_of_any_size_agree(monkeypatch, activation, rows):
+    case = Case(route(60, 2, 4, skew=0.3), num_experts=4, activation=activation)
+    whole = results(lambda *a: case.call(*a, reduce=True), case.leaves())
+    monkeypatch.setattr(expert_loop, "STRIP_VALUES", rows * 7 // torch.get_num_threads())
+    strips = list(expert_loop._strips(torch.empty(60, 7)))
+    assert len(strips) >= 60 // rows and [s.stop for s in strips[:-1]] == [s.start for s in strips[1:]]
+    assert (strips[0].start, strips[-1].stop) == (0, 60)
+    assert_equal(results(lambda *a: case.call(*a, reduce=True), case.leaves()), whole)
+
+
 @ROUTES
 @ACTIVATIONS
 @pytest.mark.parametrize("reduce", [True, False])

@@ -128,7 +128,7 @@ def test_flag_beats_yaml_beats_default(corpus, tmp_path):
         (["--dataset=/no/such/corpus"], "/no/such/corpus"),
         (["--dataset={empty}"], "empty"),
         (["--seq_len=1000000"], "sequence"),
-        (["--coupling=mesh"], "--coupling: unknown coupling; expected one of none, gnn, hyper; got 'mesh'"),
+        (["--coupling=mesh"], "expected one of none, gnn, hyper, collab; got 'mesh'"),
         (["--hyperedge_strategy=all_triplets", "--top_k=2"], "all_triplets needs more rows"),
         (["--device=cuda"], "--device"),
         (["--learning_rate=fast"], "--learning_rate"),

@@ -68,6 +68,22 @@ def test_defaults_and_name_of_the_run():
     assert toy("--run_name", "a b").run_name == "a b"
 
 
+def test_words_of_the_original_system(file):
+    words = "grad_clip: 0.5\nsave_interval: 11\nlog_interval: 3\nbeta1: 0.8\nbeta2: 0.9\n"
+    words += "wandb_project: moe\nwandb_run_name: first\n"
+    flags = [part for line in words.splitlines() for part in f"--{line}".split(": ")]
+    for config in (toy(file(words)), toy(*flags)):
+        assert (config.max_grad_norm, config.save_every, config.log_every) == (0.5, 11, 3)
+        assert (config.track, config.track_project, config.run_name) == ("wandb", "moe", "first")
+        assert (config.adam_beta1, config.adam_beta2) == (0.8, 0.9)
+
+
+def test_a_project_alone_means_wandb(file):
+    assert toy("--track_project=p").track == "wandb" and toy("--track=tensorboard").track_project is None
+    assert toy("--track=tensorboard", "--track_project=p").track == "tensorboard"
+    assert toy().track is None and toy(file("track: null\n")).track is None
+
+
 def test_flag_beats_file_beats_run_beats_default(tmp_path, file):
     run = make_run(tmp_path / "runs" / "old", Toy(seed=1, batch_size=1, num_experts=1, learning_rate=0.3))
     path = file("seed: 2\nbatch-size: 2\nrun_name: old\n")
@@ -120,6 +136,9 @@ def test_what_is_not_there(argv, message):
         ("max_grad_norm", 0.0),
         ("max_grad_norm", float("nan")),
         ("min_lr_ratio", 1.5),
+        ("adam_beta1", 1.0),
+        ("adam_beta2", -0.1),
+        ("track_project", "a/b"),
         ("seed", -1),
         ("seed", 2**63),
         *[

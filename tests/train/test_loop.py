@@ -2,6 +2,7 @@ import io
 import json
 import os
 import signal
+import warnings
 
 import numpy as np
 import pytest
@@ -219,6 +220,75 @@ def test_accumulation_equals_one_large_batch(tmp_path, double):
     fit(nets[1], halves, small, tmp_path)
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_a_compiled_model_trains_alike(tmp_path, monkeypatch):
+    options = {"num_ghosts": 0, "coupling": "none", "num_hidden_layers": 1}
+    nets, calls = (model(**options), model(**options)), []
+    whole_compile = torch.compile
+
+    def quick_compile(net, options):
+        calls.append(options["fallback_random"])
+        return whole_compile(net, backend="aot_eager")  # all but the generation of code
+
+    monkeypatch.setattr(torch, "compile", quick_compile)
+    for net, flag in zip(nets, (False, True), strict=True):
+        fit(net, batches, config(max_steps=3, compile_model=flag), tmp_path)
+    assert calls == [True]
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_compiler_itself_gets_the_gradients_right(tmp_path):
+    options = {"coupling": "none", "num_ghosts": 0, "dropout": 0.0}
+    nets = model(**options), model(**options)
+    fit(nets[0], batches, config(max_steps=3), tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "model cannot be compiled")
+        fit(nets[1], batches, config(max_steps=3, compile_model=True), tmp_path)
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def fails(**batch):
+    torch.rand(7)  # noise that the step must not miss
+    raise RuntimeError("no\ncompiler")
+
+
+def halves(net):
+    def forward(**batch):
+        outputs = net(**batch)
+        outputs.loss = outputs.loss / 2
+        return outputs
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "program, reason",
+    [
+        (lambda net: fails, "RuntimeError: no compiler"),
+        (halves, r"the gradient of model\.embed_tokens\.weight is off by 0\.5 of its norm"),
+    ],
+    ids=["fails", "wrong"],
+)
+def test_what_cannot_be_compiled_runs_as_it_is(tmp_path, monkeypatch, program, reason):
+    nets = model(), model()
+    fit(nets[0], batches, config(max_steps=3), tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda net, options: program(net))
+    with pytest.warns(UserWarning, match=f"cannot be compiled and runs as it is: {reason}"):
+        fit(nets[1], batches, config(max_steps=3, compile_model=True), tmp_path)
+    assert_equal_models(*nets)
+
+
+def test_the_betas_are_those_of_the_flags(tmp_path):
+    seen = []
+    fit(
+        model(), batches, config(max_steps=1, adam_beta1=0.5, adam_beta2=0.75), tmp_path,
+        setup=lambda optimizer: seen.extend(group["betas"] for group in optimizer.param_groups),
+    )  # fmt: skip
+    assert seen == [(0.5, 0.75)] * 2
 
 
 def test_metrics_and_plain_progress(tmp_path):

@@ -88,6 +88,9 @@ def test_values_are_converted_by_the_type_of_the_field(file, line, value):
         ("num_expert: 3", "unknown key num_expert; did you mean num_experts?"),
         ("config: a.yaml", "unknown key config"),
         ("num_experts: 3\nexperts: 4", "key num_experts appears twice"),
+        ("model:\n  num_experts: 3\nexperts: 4", "key num_experts appears twice"),
+        ("model:\n  num_expert: 3", "unknown key num_expert; did you mean num_experts?"),
+        ("model: 3", "unknown key model"),
     ],
 )
 def test_unusable_values_name_the_file_and_the_key(file, text, message):
@@ -103,6 +106,15 @@ def test_unusable_values_name_the_file_and_the_key(file, text, message):
         ("note: 1\nnote: 2", "line 2: file cannot be used as config: key note appears twice"),
         ("seed: {a: 1}", "line 1: file cannot be used as config: nested values are refused"),
         ("dims: [[1]]", "nested values"),
+        ("model: {model: {note: x}}", "line 1: file cannot be used as config: nested values are refused"),
+        ("model:\n  note: {a: 1}", "line 2: file cannot be used as config: nested values are refused"),
+        ("model:\n  dims: [{a: 1}]", "nested values"),
+        ("- model: {note: x}", "nested values"),
+        ("model:\n  note: x\nnote: y", "line 3: file cannot be used as config: key note appears twice"),
+        ("model:\n  note: x\n  note: y", "line 3: file cannot be used as config: key note appears twice"),
+        ("model: {note: x}\nmodel: {bf16: true}", "line 2: file cannot be used as config: key model appears"),
+        ("model: {? [a] : 1}", "a key has to be a word"),
+        ("model: &m {note: x}", "anchors and aliases are refused"),
         ("a: " + "[" * 100_000, "nested values"),
         ("a: &x 1\nb: *x", "anchors and aliases are refused"),
         ("note: !!python/object/apply:os.getcwd []", "tags are refused"),
@@ -120,6 +132,14 @@ def test_files_that_are_no_config(file, text, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         read_config(Toy, file(text))
     assert "\n" not in str(caught.value)
+
+
+def test_a_section_for_the_model_is_as_if_it_were_not_there(file):
+    flat = "experts: 3\ndims: [4]\nlearning_rate: 1e-3\nbf16: yes\n"
+    sections = "model:\n  experts: 3\n  dims: [4]\nlearning_rate: 1e-3\nbf16: yes\n"
+    assert read_config(Toy, file(sections)) == read_config(Toy, file(flat)) != {}
+    assert read_config(Toy, file("bf16: true\nmodel:\n  # nothing yet\n")) == {"bf16": True}
+    assert read_config(Toy, file("bf16: true\nmodel: {}")) == {"bf16": True}
 
 
 def test_nothing_and_no_file(file, tmp_path):

@@ -29,6 +29,16 @@ def sort_routes(expert: Tensor, weight: Tensor, logits: Tensor) -> Routing:
     )
 
 
+def pick(logits: Tensor, expert: Tensor) -> Tensor:
+    """The scores ``[N, k]`` of chosen experts ``[N, k]``."""
+    if not torch.compiler.is_compiling():
+        return logits.gather(1, expert)
+    # The gradient of a gather is a scatter, which compiled code of torch 2.13 may read before it is made if
+    # several losses share the scores.
+    ids = torch.arange(logits.size(1), device=logits.device)
+    return torch.where(expert.unsqueeze(2) == ids, logits.unsqueeze(1), 0.0).sum(dim=-1)
+
+
 class Router(nn.Module):
     """What routers share: a linear map from what they look at to a score of each expert."""
 
@@ -64,7 +74,7 @@ class Router(nn.Module):
     def choose(self, logits: Tensor, mask: Tensor | None) -> Routing:
         """Edges to the ``k`` experts of largest score, weighted by a softmax over these scores."""
         expert = largest(logits.detach(), self.k)
-        return self.edges(expert, logits.gather(1, expert), logits, mask)
+        return self.edges(expert, pick(logits, expert), logits, mask)
 
     def edges(self, expert: Tensor, value: Tensor, logits: Tensor, mask: Tensor | None) -> Routing:
         """Edges to ``expert [N, k]`` with scores ``value [N, k]``; those to unreachable experts and those of
