@@ -28,6 +28,7 @@ from graphmoe.errors import ConfigError, GraphMoEError
 from graphmoe.train import callbacks as on
 from graphmoe.train.config import RunConfig
 from graphmoe.train.loop import Callback, Every, fit, reseed
+from graphmoe.train.optim import scale_updates
 from graphmoe.train.parallel import refuse_shards, whole_parameters
 from graphmoe.train.ranks import from_main, make_accelerator, mean_of_shares, require_equal, together
 
@@ -225,6 +226,9 @@ def whole_weights(out, rank):
         full = {name: tuple(p.shape) for name, p in model.named_parameters() if not hasattr(p, "to_local")}
     again = {name: tuple(p.to_local().shape) for name, p in model.named_parameters()}
     tied = model.lm_head.weight is model.model.embed_tokens.weight
+    experts = model.moe_layers()[0].experts.down_proj
+    with pytest.raises(ConfigError, match="slices of sharded parameters cannot be scaled"):
+        scale_updates(torch.optim.SGD([experts], lr=1.0), {experts: lambda: torch.ones(4)})
     return {"sharded": sharded, "full": full, "again": again == sharded, "tied": tied}
 
 
