@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphmoe.typing import NEVER
-
 SLOPE = 0.2
 """Negative slope of the attention scores."""
 
@@ -113,7 +111,9 @@ def weighted_softmax(score: Tensor, factor: Tensor, dim: int) -> Tensor:
 def log_factor(score: Tensor, factor: Tensor) -> Tensor:
     """``score + log(factor)``, with a finite value and no gradient where ``factor`` is 0."""
     there = factor > 0
-    return torch.where(there, score + torch.where(there, factor, 1).log(), NEVER)
+    # Far below any score: a softmax must not prefer an edge that is not there to one that is.
+    never = torch.finfo(score.dtype).min / 4
+    return torch.where(there, score + torch.where(there, factor, 1).log(), never)
 
 
 def _scores(score: Tensor, mean: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def build(*, k=2, mediator=True, graph="complete", awake=True, **options):
     kwargs = {"heads": 2, "mediator": mediator, "graph": graph, "hidden_channels": 7}
     layer = MoELayer(8, 4, k, coupling_kwargs=kwargs, **(settings | options))
     for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(parameter, std=0.5)
     if layer.ghosts is not None and awake:
         layer.ghosts.phase[0], layer.ghosts.steps[0] = 2, 100
         layer.ghosts.phase[1:], layer.ghosts.steps[1:] = 1, 40
