@@ -6,8 +6,8 @@
 All experts serve every token; attention among what they say chooses those that stay, and these talk once
 more, without a mediator, before a weighted sum and a projection return them. Two experts a token therefore
 cost as much as all of them. Same data and report as ``ghost_lm``, and as many minutes, but fewer steps.
-Measured with the defaults, one seed: 1.98 held-out bits per byte after 280 steps, where a unigram model of the
-same tokens has 2.72. No result was ever published elsewhere.
+Measured with the defaults, one seed: 1.98 held-out bits per byte after 280 steps, where a unigram model
+of the same tokens has 2.72. No result was ever published elsewhere.
 """
 
 import sys
