@@ -14,18 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-import torch
 from transformers.utils import logging as transformers_logging
 
-from graphmoe import checkpoint
-from graphmoe.errors import ConfigError
-from graphmoe.train.config import RUN_ONLY, exit_code, flag, open_run, parse, to_yaml
-from graphmoe.train.ranks import launched_processes
-from recipes import comparison, language_model
+from graphmoe.data import Corpus
+from graphmoe.train.config import RUN_ONLY, exit_code, flag, parse
+from recipes import comparison
 from recipes.coupled_lm import CoupledConfig
 from recipes.language_model_config import LanguageModelConfig
 from recipes.phases import MODES
-from recipes.reporting import say
 
 REFERENCE = "moe"
 """The phase that sets the active parameters, and that the others are compared with."""
@@ -79,34 +75,17 @@ def phase_config(config: CompareConfig, phase: str) -> CoupledConfig:
     return CoupledConfig(architecture_mode=phase, **shared)
 
 
+def matched_arms(config: CompareConfig, corpus: Corpus) -> dict[str, LanguageModelConfig]:
+    """The config of each phase, its experts as wide as its cost has to be."""
+    arms = {phase: phase_config(config, phase) for phase in config.phases}
+    return comparison.match_cost(arms, REFERENCE, corpus, equal=config.equal)
+
+
 def run(argv: Sequence[str] | None) -> None:
     """Parse the command line, train what is missing and report."""
     about = __doc__.splitlines()[0]
     config = parse(CompareConfig, argv, prog="python -m recipes.compare_phases", description=about)
-    if config.evaluate is not None:
-        comparison.report(config.evaluate, "compare_phases", REFERENCE)
-        return
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    if launched_processes() > 1:
-        what = "a comparison trains its models one after another in one process"
-        raise ConfigError(what, "torchrun", "no launcher", f"{launched_processes()} processes")
-    open_run(config, dry=True)
-    corpus = language_model.read_corpus(config)
-    say(f"corpus: {corpus.describe()}")
-    arms = {phase: phase_config(config, phase) for phase in config.phases}
-    arms = comparison.match_cost(arms, REFERENCE, corpus, equal=config.equal)
-    run_dir = open_run(config)
-    with checkpoint.RunLock(run_dir):
-        checkpoint.atomic_write_bytes(run_dir / "config.yaml", to_yaml(config, "compare_phases"))
-        comparison.tune_and_train(
-            arms,
-            run_dir,
-            corpus,
-            rates=config.learning_rates,
-            seeds=range(config.seed, config.seed + config.num_seeds),
-        )
-        comparison.report(run_dir, "compare_phases", REFERENCE)
+    comparison.study(config, "compare_phases", REFERENCE, lambda corpus: matched_arms(config, corpus))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

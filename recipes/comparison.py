@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,13 +13,55 @@ from graphmoe import checkpoint
 from graphmoe.data import Corpus
 from graphmoe.errors import CheckpointError, ConfigError
 from graphmoe.models.cost import forward_flops
-from graphmoe.train.config import changed, from_run
+from graphmoe.train.config import changed, from_run, open_run, to_yaml
+from graphmoe.train.ranks import launched_processes
 from recipes import language_model
 from recipes.language_model_config import LanguageModelConfig, build_model
 from recipes.reporting import say
 
 TUNING = "tuning.json"
 Arms = Mapping[str, LanguageModelConfig]
+
+
+def study(
+    config: LanguageModelConfig,
+    recipe: str,
+    reference: str,
+    arms_of: Callable[[Corpus], Arms],
+    *,
+    trained_as: str = "coupled_lm",
+) -> None:
+    """Train what is missing of a comparison and report it; with ``--evaluate`` report what is finished.
+
+    Args:
+        config: The flags of the comparison, with ``num_seeds`` and ``learning_rates``.
+        recipe: Its name.
+        reference: The arm that the others are compared with.
+        arms_of: The arms, by name, on a corpus; called before anything is written.
+        trained_as: The recipe that the runs carry.
+
+    Raises:
+        ConfigError: Under a launcher of several processes.
+    """
+    if config.evaluate is not None:
+        report(config.evaluate, recipe, reference)
+        return
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    if launched_processes() > 1:
+        what = "a comparison trains its models one after another in one process"
+        raise ConfigError(what, "torchrun", "no launcher", f"{launched_processes()} processes")
+    open_run(config, dry=True)
+    corpus = language_model.read_corpus(config)
+    say(f"corpus: {corpus.describe()}")
+    arms = arms_of(corpus)
+    run_dir = open_run(config)
+    with checkpoint.RunLock(run_dir):
+        checkpoint.atomic_write_bytes(run_dir / "config.yaml", to_yaml(config, recipe))
+        seeds = range(config.seed, config.seed + config.num_seeds)
+        rates = config.learning_rates
+        tune_and_train(arms, run_dir, corpus, rates=rates, seeds=seeds, recipe=trained_as)
+        report(run_dir, recipe, reference)
 
 
 def match_cost(arms: Arms, reference: str, corpus: Corpus, *, equal: str) -> dict[str, LanguageModelConfig]:

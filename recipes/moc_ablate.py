@@ -22,17 +22,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
-from graphmoe import checkpoint
 from graphmoe.data import Corpus
-from graphmoe.errors import ConfigError
-from graphmoe.train.config import RUN_ONLY, exit_code, flag, open_run, parse, to_yaml
-from graphmoe.train.ranks import launched_processes
-from recipes import comparison, language_model
+from graphmoe.train.config import RUN_ONLY, exit_code, flag, parse
+from recipes import comparison
 from recipes.moc_lm import MocConfig
-from recipes.reporting import say
 
 DEFAULT, REFERENCE, SAME_FLOPS = "moc", "moe", "moe_flops"
 """The arm that sets the active parameters, the one that the others are compared with, and that arm again
@@ -144,25 +139,9 @@ def run(argv: Sequence[str] | None) -> None:
     """Parse the command line, train what is missing and report."""
     about = __doc__.splitlines()[0]
     config = parse(AblateConfig, argv, prog="python -m recipes.moc_ablate", description=about)
-    if config.evaluate is not None:
-        comparison.report(config.evaluate, "moc_ablate", REFERENCE)
-        return
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    if launched_processes() > 1:
-        what = "an ablation trains its models one after another in one process"
-        raise ConfigError(what, "torchrun", "no launcher", f"{launched_processes()} processes")
-    open_run(config, dry=True)
-    corpus = language_model.read_corpus(config)
-    say(f"corpus: {corpus.describe()}")
-    arms = matched_arms(config, corpus)
-    run_dir = open_run(config)
-    with checkpoint.RunLock(run_dir):
-        checkpoint.atomic_write_bytes(run_dir / "config.yaml", to_yaml(config, "moc_ablate"))
-        seeds = range(config.seed, config.seed + config.num_seeds)
-        rates = config.learning_rates
-        comparison.tune_and_train(arms, run_dir, corpus, rates=rates, seeds=seeds, recipe="moc_lm")
-        comparison.report(run_dir, "moc_ablate", REFERENCE)
+    comparison.study(
+        config, "moc_ablate", REFERENCE, lambda corpus: matched_arms(config, corpus), trained_as="moc_lm"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

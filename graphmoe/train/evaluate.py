@@ -23,6 +23,7 @@ from graphmoe.metrics import (
     specialisation,
 )
 from graphmoe.nn import MoELayer, moe_layers
+from graphmoe.nn.rows import outputs_of_all
 from graphmoe.typing import Record
 
 TOKEN_CLASSES = 256
@@ -194,7 +195,7 @@ def _probe_layer(layer: MoELayer, x: Tensor, record: Record, classes: Tensor) ->
     count = routing.num_experts
     live = torch.ones(count, dtype=torch.bool) if layer.ghosts is None else (layer.ghosts() > 0).cpu()
     alive = live.nonzero().flatten()
-    outputs = _dense_outputs(layer, x, alive.to(x.device)).cpu()  # [live, N, D]
+    outputs = outputs_of_all(layer.experts, x).transpose(0, 1).cpu()[alive]  # [live, N, D]
     cka = torch.full((count, count), float("nan"), dtype=torch.float64)
     cka[alive.unsqueeze(1), alive] = linear_cka(outputs)
 
@@ -216,14 +217,3 @@ def _probe_layer(layer: MoELayer, x: Tensor, record: Record, classes: Tensor) ->
         "mutual_information_random": shuffled_mutual_information(expert, edge_class, count, TOKEN_CLASSES),
         "load": load(routing).cpu(),
     }
-
-
-def _dense_outputs(layer: MoELayer, x: Tensor, alive: Tensor) -> Tensor:
-    """Output of each live expert on every token, ``[live, N, D]``."""
-    tokens, width = x.size(0), alive.numel()
-    row = torch.arange(width * tokens, device=x.device)
-    token, slot = row % tokens, row // tokens
-    expert = alive.index_select(0, slot)
-    ptr = torch.searchsorted(expert, torch.arange(layer.experts.num_experts + 1, device=x.device))
-    edges = torch.stack([token, row])
-    return layer.experts(x, edges, expert, ptr, token * width + slot).view(width, tokens, -1)
