@@ -1,7 +1,6 @@
 import torch
 from torch import Tensor, nn
 
-from graphmoe.errors import ConfigError
 from graphmoe.nn.route.routers import Router
 from graphmoe.nn.row_attention import RowAttention
 from graphmoe.typing import Routing
@@ -51,11 +50,8 @@ class ContextualRouter(Router):
         temperature: float = 1.0,
         noise_std: float = 0.0,
     ):
-        if not 1 <= k <= num_experts:
-            raise ConfigError("k must not exceed the number of experts", "k", f"1 <= k <= {num_experts}", k)
         options = {"scale": scale, "temperature": temperature, "noise_std": noise_std}
-        super().__init__(in_channels, num_experts, **options)
-        self.k = k
+        super().__init__(in_channels, num_experts, k, **options)
         self.identity = nn.Parameter(torch.empty(num_experts, in_channels))
         self.attention = RowAttention(in_channels, heads)
         self.norm = nn.RMSNorm(in_channels, eps=1e-6)

@@ -43,8 +43,17 @@ class Router(nn.Module):
     """What routers share: a linear map from what they look at to a score of each expert."""
 
     def __init__(
-        self, in_channels: int, num_experts: int, *, scale: float, temperature: float, noise_std: float
+        self,
+        in_channels: int,
+        num_experts: int,
+        k: int,
+        *,
+        scale: float,
+        temperature: float,
+        noise_std: float,
     ):
+        if not 1 <= k <= num_experts:
+            raise ConfigError("k must not exceed the number of experts", "k", f"1 <= k <= {num_experts}", k)
         if not 0 < scale < float("inf"):
             raise ConfigError("weights need a positive scale", "routed_scaling_factor", "> 0", scale)
         if not 0 < temperature < float("inf"):
@@ -52,7 +61,7 @@ class Router(nn.Module):
         if not 0 <= noise_std < float("inf"):
             raise ConfigError("noise needs a size", "router_noise_std", ">= 0", noise_std)
         super().__init__()
-        self.in_channels, self.num_experts, self.scale = in_channels, num_experts, scale
+        self.in_channels, self.num_experts, self.k, self.scale = in_channels, num_experts, k, scale
         self.temperature, self.noise_std = temperature, noise_std
         self.weight = nn.Parameter(torch.empty(num_experts, in_channels))
 
@@ -127,11 +136,8 @@ class TopKRouter(Router):
         temperature: float = 1.0,
         noise_std: float = 0.0,
     ):
-        if not 1 <= k <= num_experts:
-            raise ConfigError("k must not exceed the number of experts", "k", f"1 <= k <= {num_experts}", k)
         options = {"scale": scale, "temperature": temperature, "noise_std": noise_std}
-        super().__init__(in_channels, num_experts, **options)
-        self.k = k
+        super().__init__(in_channels, num_experts, k, **options)
         self.reset_parameters()
 
     def forward(
@@ -161,8 +167,7 @@ class DenseRouter(Router):
         noise_std: float = 0.0,
     ):
         options = {"scale": scale, "temperature": temperature, "noise_std": noise_std}
-        super().__init__(in_channels, num_experts, **options)
-        self.k = num_experts
+        super().__init__(in_channels, num_experts, num_experts, **options)
         self.reset_parameters()
 
     def forward(
