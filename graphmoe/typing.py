@@ -7,7 +7,7 @@ N   tokens (batch and time flattened) or nodes  B   sequences in a batch
 E   experts (primary and ghost)                 T   steps of a sequence
 G   ghost experts                               F   hidden channels
 k   routing edges a token                       D   input and output channels
-R   routing edges, ``N * k``                    M   edges of any graph
+R   routing edges                               M   edges of any graph
 H   hyperedges                                  L   layers
 ==  ==========================================  ==  ================================
 """
@@ -34,8 +34,9 @@ NEVER = -1e4
 class Routing(NamedTuple):
     """The edges ``token --routes--> expert``, sorted by expert.
 
-    An absent edge (masked token, dormant ghost) is a sentinel: ``expert == E``, stored behind
-    ``ptr[E]``, with weight 0. Shapes are therefore static: ``R = N * k`` always.
+    An absent edge (masked token, dormant ghost, score under a threshold) is a sentinel: ``expert == E``,
+    stored behind ``ptr[E]``, with weight 0. Shapes are therefore static: ``R = N * k``, or where experts
+    choose and a token may have any number of edges, ``R = E * C``.
 
     Attributes:
         token: Source of each edge, ``[R]`` int64.
@@ -43,7 +44,7 @@ class Routing(NamedTuple):
         weight: Routing weight of each edge, ``[R]``.
         logits: Router scores, ``[N, E]``, finite.
         ptr: Row offsets of the experts, ``[E + 1]`` int64.
-        perm: Place ``n * k + slot`` of each edge in token order, ``[R]`` int64.
+        perm: Place of each edge in token order, ``[R]`` int64: ``n * k + slot`` where every token has ``k``.
     """
 
     token: Tensor
@@ -59,6 +60,7 @@ class Routing(NamedTuple):
 
     @property
     def k(self) -> int:
+        """Places for edges a token, rounded down where tokens differ in it."""
         return self.token.numel() // max(self.logits.size(0), 1)
 
     @property
@@ -95,6 +97,8 @@ class Record(NamedTuple):
             the variances of several batches together.
         overflow: The edges dropped by a capacity limit, ``[N, E]`` bool, or ``None`` without a limit.
         gate: Share of the mediator in what returns to each token, ``[N]``, or ``None`` without one.
+        mask: Nodes that take part, ``[N]`` bool, or ``None`` where all do: padding is no token that nobody
+            chose.
     """
 
     routing: Routing
@@ -105,3 +109,4 @@ class Record(NamedTuple):
     residual_mean: Tensor | None = None
     overflow: Tensor | None = None
     gate: Tensor | None = None
+    mask: Tensor | None = None

@@ -39,6 +39,7 @@ def build_block(config: GraphMoEConfig) -> Block:
             reasoning_steps=config.reasoning_steps,
             router=config.router,
             router_kwargs=router_options(config),
+            num_shared_experts=config.num_shared_experts,
             capacity_factor=config.capacity_factor,
             coupling_kwargs=collaboration_options(config) if config.coupling == "collab" else None,
             strategy=config.hyperedge_strategy,
@@ -69,8 +70,18 @@ def build_block(config: GraphMoEConfig) -> Block:
 
 def router_options(config: GraphMoEConfig) -> dict:
     """Arguments of the router of a block."""
-    options = {"temperature": config.router_temperature, "noise_std": config.router_noise_std}
-    return options | ({"heads": config.collab_heads} if config.router == "contextual" else {})
+    options = {
+        "temperature": config.router_temperature,
+        "noise_std": config.router_noise_std,
+        "scoring_func": config.scoring_func,
+    }
+    if config.norm_topk_prob is not None:
+        options["norm_topk_prob"] = config.norm_topk_prob
+    if config.router_bias:
+        options |= {"bias": True, "bias_rate": config.router_bias_rate}
+    if config.router == "contextual":
+        options["heads"] = config.collab_heads
+    return options
 
 
 def collaboration_options(config: GraphMoEConfig) -> dict:

@@ -26,7 +26,17 @@ class GraphMoEConfig(PreTrainedConfig):
             ``sqrt(2 L)``.
         num_experts: Primary experts of each block; 1 is a dense model without routing.
         num_experts_per_tok: Experts ``k`` a token, ``1 <= k <= num_experts``.
-        router: ``topk``, by the token, or ``contextual``, by what all experts say about it.
+        is_causal: Tokens attend to themselves and earlier ones only; False: to all of their sequence, for
+            encoders.
+        router: ``topk``, by the token; ``contextual``, by what all experts say about it; ``threshold``, by
+            whether the token would be among those that an expert prefers; ``expert_choice``, by the experts,
+            who see the whole sequence: not for causal models.
+        scoring_func: ``softmax`` or ``sigmoid`` of the scores gives the weights of experts.
+        norm_topk_prob: Whether the weights of a token are divided by their sum; ``None``: with ``topk`` and
+            ``contextual``.
+        router_bias: Balance the load of ``topk`` by a bias that a training callback moves, not by a loss.
+        router_bias_rate: What the bias moves by in one optimiser step.
+        num_shared_experts: Experts of each block that serve every token beside those it is routed to.
         router_temperature: Divides the scores of the router.
         router_noise_std: Standard deviation of Gaussian noise on the scores, in training.
         capacity_factor: In training, most edges of an expert, as a multiple of the mean; ``None``: no limit.
@@ -103,7 +113,13 @@ class GraphMoEConfig(PreTrainedConfig):
 
     num_experts: int = 4
     num_experts_per_tok: int = 2
+    is_causal: bool = True
     router: str = "topk"
+    scoring_func: str = "softmax"
+    norm_topk_prob: bool | None = None
+    router_bias: bool = False
+    router_bias_rate: float | int = 1e-3
+    num_shared_experts: int = 0
     router_temperature: float | int = 1.0
     router_noise_std: float | int = 0.0
     capacity_factor: float | int | None = None
@@ -163,12 +179,14 @@ class GraphMoEConfig(PreTrainedConfig):
             raise ConfigError(
                 "one expert has nobody to couple with or to relieve", "num_experts", "at least 2", 1
             )
-        if self.num_experts == 1 and (self.reasoning_steps or self.router != "topk" or self.capacity_factor):
-            names = ("reasoning_steps", "capacity_factor", "router")
-            name = next(name for name in names if getattr(self, name) not in (0, None, "topk"))
-            raise ConfigError(
-                "a dense model has no mixture", name, "not with one expert", getattr(self, name)
-            )
+        mixture = ("reasoning_steps", "capacity_factor", "router", "router_bias", "num_shared_experts")
+        for name in mixture:
+            if self.num_experts == 1 and getattr(self, name) not in (0, None, "topk"):
+                what = "a dense model has no mixture"
+                raise ConfigError(what, name, "not with one expert", getattr(self, name))
+        if self.router_bias and self.router != "topk":
+            what = "only a token that chooses its experts can be made to choose others"
+            raise ConfigError(what, "router_bias", "False, or router topk", True)
         if self.checkpoint_policy not in CHECKPOINT_POLICIES:
             expected = f"one of {', '.join(CHECKPOINT_POLICIES)}"
             raise ConfigError("unknown policy", "checkpoint_policy", expected, self.checkpoint_policy)

@@ -68,7 +68,7 @@ def _mixing(layer: MoELayer, nodes: int) -> int:
 
 
 def _served(layer: MoELayer) -> int:
-    """Experts that serve a token; dormant ghosts serve nobody."""
-    return (
-        layer.num_experts if isinstance(layer.router, ContextualRouter) else min(layer.k, layer.num_experts)
-    )
+    """Experts that serve a token, in the mean if they differ in it; dormant ghosts serve nobody."""
+    if isinstance(layer.router, ContextualRouter):
+        return layer.num_experts
+    return min(layer.k, layer.num_experts)

@@ -12,15 +12,14 @@ from graphmoe.nn import (
     CollabConv,
     ContextualRouter,
     CoupleConv,
-    DenseRouter,
     ExpertConv,
     FeedForward,
     GatedFusion,
     HyperCoupleConv,
     MoELayer,
     OrthogonalityStrength,
-    TopKRouter,
 )
+from graphmoe.nn.route import Router
 
 
 class GraphMoEPreTrainedModel(PreTrainedModel):
@@ -35,7 +34,7 @@ class GraphMoEPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding | TopKRouter | DenseRouter | ContextualRouter):
+        if isinstance(module, nn.Linear | nn.Embedding | Router):
             init.normal_(module.weight, std=std)
             if isinstance(module, ContextualRouter):
                 init.normal_(module.identity, std=0.02)

@@ -12,7 +12,14 @@ from graphmoe.nn.expert import (
 from graphmoe.nn.fuse import GatedFusion, ProjectedFusion, SumFusion
 from graphmoe.nn.moe import MoELayer, moe_layers
 from graphmoe.nn.norm import RMSNorm
-from graphmoe.nn.route import ContextualRouter, DenseRouter, TopKRouter, limit_capacity
+from graphmoe.nn.route import (
+    ContextualRouter,
+    DenseRouter,
+    ExpertChoiceRouter,
+    ThresholdRouter,
+    TopKRouter,
+    limit_capacity,
+)
 from graphmoe.nn.row_attention import RowAttention
 
 __all__ = [
@@ -22,6 +29,7 @@ __all__ = [
     "ContextualRouter",
     "CoupleConv",
     "DenseRouter",
+    "ExpertChoiceRouter",
     "ExpertConv",
     "FeedForward",
     "GatedFusion",
@@ -34,6 +42,7 @@ __all__ = [
     "RMSNorm",
     "RowAttention",
     "SumFusion",
+    "ThresholdRouter",
     "TopKRouter",
     "edge_form",
     "limit_capacity",

@@ -6,10 +6,16 @@ from torch.nn import functional as F
 from torch_geometric.nn import MessagePassing
 
 from graphmoe.errors import ConfigError
-from graphmoe.nn.expert import ExpertConv, GhostGate, IterativeExpert
+from graphmoe.nn.expert import ExpertConv, FeedForward, GhostGate, IterativeExpert
 from graphmoe.nn.fuse import GatedFusion, SumFusion
 from graphmoe.nn.resolver import resolve_coupling, resolve_experts, resolve_fusion, resolve_router
-from graphmoe.nn.route import ContextualRouter, DenseRouter, limit_capacity
+from graphmoe.nn.route import (
+    ContextualRouter,
+    DenseRouter,
+    ExpertChoiceRouter,
+    limit_capacity,
+    spread,
+)
 from graphmoe.nn.route.capacity import check_capacity_factor
 from graphmoe.nn.rows import (
     equal_weights,
@@ -19,6 +25,11 @@ from graphmoe.nn.rows import (
     unexplained_by,
 )
 from graphmoe.typing import Record
+
+_NO_GHOSTS = {
+    "contextual": "a router that listens to every expert would hear those asleep",
+    "expert_choice": "experts that sleep would keep their share of the tokens",
+}
 
 
 class MoELayer(nn.Module):
@@ -44,9 +55,15 @@ class MoELayer(nn.Module):
         k: Experts a token, ``1 <= k <= num_experts``; ``k = num_experts`` means every live expert.
         hidden_channels: Channels ``F`` inside an expert. Default: ``4 * D``.
         activation: ``swiglu`` or ``gelu``.
+        num_shared_experts: Experts beside the others that serve every node with weight 1, as one
+            :class:`FeedForward` of their joint width; they do not take part in coupling.
         reasoning_steps: Passes of :class:`IterativeExpert`; 0: plain experts, which are applied once.
-        router: ``topk``, by what the token is, or ``contextual``, by what all experts say about it.
-        router_kwargs: Further arguments of the router, such as ``{"temperature": 0.5}``.
+        router: ``topk``, by what the token is; ``contextual``, by what all experts say about it;
+            ``expert_choice``, by the experts, who take exactly their share of the nodes and must see all of
+            them; or ``threshold``, its form that does not look at other nodes. A node then has ``k`` experts
+            in the mean only.
+        router_kwargs: Further arguments of the router, such as ``{"temperature": 0.5}`` or ``{"bias":
+            True}``.
         capacity_factor: In training, drop what an expert is given beyond its share times this factor: see
             :func:`~graphmoe.nn.route.limit_capacity`. ``None``: never.
         coupling: ``none``, ``gnn``, ``hyper`` or ``collab``.
@@ -71,10 +88,10 @@ class MoELayer(nn.Module):
         track_outputs: Put mean expert outputs into the record (always done with ghosts or coupling).
 
     Shapes:
-        - **input:** ``x [*, D]``; ``batch [*]``: the graph of each node, for routers whose choice
-          depends on it (top-k does not), and for the capacity limit; ``mask [*]`` bool: False for nodes
-          without edges, whose output is 0; ``rounds`` and ``steps``: other numbers of rounds of ``collab``
-          and of passes of the experts than those the layer was made with.
+        - **input:** ``x [*, D]``; ``batch [*]``: the graph of each node, for ``expert_choice``, whose experts
+          then choose in each graph as if it were alone, and for the capacity limit; ``mask [*]`` bool: False
+          for nodes without edges, whose output is 0; ``rounds`` and ``steps``: other numbers of rounds of
+          ``collab`` and of passes of the experts than those the layer was made with.
         - **output:** ``[*, D]``; with ``return_record=True`` also a :class:`~graphmoe.typing.Record`.
 
     Raises:
@@ -91,6 +108,7 @@ class MoELayer(nn.Module):
         *,
         hidden_channels: int | None = None,
         activation: str = "swiglu",
+        num_shared_experts: int = 0,
         reasoning_steps: int = 0,
         router: str = "topk",
         router_kwargs: Mapping | None = None,
@@ -123,12 +141,19 @@ class MoELayer(nn.Module):
             raise ConfigError("k must not exceed the number of experts", "k", f"1 <= k <= {num_experts}", k)
         if capacity_factor is not None:
             check_capacity_factor(capacity_factor)
-        if router == "contextual" and num_ghosts:
-            what = "a router that listens to every expert would hear those asleep"
-            raise ConfigError(what, "num_ghosts", 0, num_ghosts)
+        if router in _NO_GHOSTS and num_ghosts:
+            raise ConfigError(_NO_GHOSTS[router], "num_ghosts", 0, num_ghosts)
+        if router == "expert_choice" and capacity_factor is not None:
+            what = "experts that choose take exactly their share"
+            raise ConfigError(what, "capacity_factor", "None, or one in router_kwargs", capacity_factor)
+        if num_shared_experts < 0:
+            what = "negative number of experts"
+            raise ConfigError(what, "num_shared_experts", "at least 0", num_shared_experts)
         total = num_experts + num_ghosts
         self.in_channels, self.num_experts, self.num_ghosts = in_channels, num_experts, num_ghosts
         self.k = total if k == num_experts else k
+        # Rows of a node: where it may have any number of experts, there is a place for each.
+        self.slots = total if router in ("threshold", "expert_choice") else self.k
         self.coupling, self.capacity_factor = coupling, capacity_factor
         self.track_outputs = track_outputs or coupling != "none" or num_ghosts > 0
         self.track_attention = False
@@ -137,6 +162,10 @@ class MoELayer(nn.Module):
         hidden_channels = hidden_channels or 4 * in_channels
         sizes = (in_channels, hidden_channels, total)
         self.experts = resolve_experts(*sizes, activation=activation, steps=reasoning_steps)
+        self.num_shared_experts, self.shared = num_shared_experts, None
+        if num_shared_experts:
+            width = num_shared_experts * hidden_channels
+            self.shared = FeedForward(in_channels, width, activation=activation)
         self.ghosts = None
         if num_ghosts:
             self.ghosts = GhostGate(
@@ -154,7 +183,7 @@ class MoELayer(nn.Module):
                 "hyperedges": hyperedges,
                 "attention": hyperedge_attention,
                 "max_hyperedges": max_hyperedges,
-                "k": self.k,
+                "k": self.slots,
                 "num_ghosts": num_ghosts,
             }
         couplers = resolve_coupling(coupling, in_channels, total, layers=coupling_layers, options=options)
@@ -214,35 +243,41 @@ class MoELayer(nn.Module):
         if self.capacity_factor is not None and self.training:
             routing, overflow = limit_capacity(routing, self.capacity_factor, batch)
 
+        ragged = isinstance(self.router, ExpertChoiceRouter) and batch is None
         mean = unexplained = centre = attention = gate = None
         if self._sums_only and self.experts.fuse:
-            out = self.experts.reduce(x, routing.token, routing.weight, routing.ptr, routing.perm)
+            perm = None if ragged else routing.perm
+            out = self.experts.reduce(x, routing.token, routing.weight, routing.ptr, perm)
         else:
+            routing = spread(routing) if ragged else routing
             row = torch.arange(routing.perm.numel(), device=x.device)
             inverse = torch.empty_like(row).scatter_(0, routing.perm, row)  # place -> row
-            expert = routing.expert.index_select(0, inverse).view(-1, self.k)
+            expert = routing.expert.index_select(0, inverse).view(-1, self.slots)
             if outputs is None:
                 edges = torch.stack([routing.token, row])
                 rows = self.experts(x, edges, routing.expert, routing.ptr, routing.perm, **options)  # [R, D]
-                slots = rows.index_select(0, inverse).view(-1, self.k, x.size(1))  # [N, k, D]
+                slots = rows.index_select(0, inverse).view(-1, self.slots, x.size(1))  # [N, k, D]
             else:
                 slots = outputs_of_chosen(outputs, expert)
                 rows = slots.flatten(0, 1).index_select(0, routing.perm)
             if self.mean:
                 weight = equal_weights(expert, routing.num_experts, level)
             else:
-                weight = routing.weight.index_select(0, inverse).view(-1, self.k)
+                weight = routing.weight.index_select(0, inverse).view(-1, self.slots)
             coupled, attention = self._couple(slots, expert, level, rounds)
             out, gate = self._fuse(coupled, weight.to(x.dtype), x)
             if return_record and self.track_outputs:
                 mean = expert_means(rows, routing)
                 unexplained, centre = unexplained_by(x, slots, expert < routing.num_experts)
+        if self.shared is not None:
+            common = self.shared(x)
+            out = out + (common if mask is None else torch.where(mask.unsqueeze(1), common, 0.0))
         out = out.view(shape)
         if not return_record:
             return out
         dropped = torch.zeros((), dtype=torch.long, device=x.device) if overflow is None else overflow.sum()
         return out, Record(
-            routing, mean, attention, dropped, unexplained, centre, overflow=overflow, gate=gate
+            routing, mean, attention, dropped, unexplained, centre, overflow=overflow, gate=gate, mask=mask
         )
 
     @property

@@ -8,20 +8,31 @@ from graphmoe.errors import ConfigError
 from graphmoe.nn.couple import CollabConv, CoupleConv, HyperCoupleConv
 from graphmoe.nn.expert import ExpertConv, IterativeExpert
 from graphmoe.nn.fuse import GatedFusion, ProjectedFusion, SumFusion
-from graphmoe.nn.route import ContextualRouter, DenseRouter, TopKRouter
+from graphmoe.nn.route import (
+    ContextualRouter,
+    DenseRouter,
+    ExpertChoiceRouter,
+    Router,
+    ThresholdRouter,
+    TopKRouter,
+)
 
 COUPLINGS = ("none", "gnn", "hyper", "collab")
-ROUTERS = ("topk", "contextual")
+_ROUTERS = {
+    "topk": TopKRouter,
+    "contextual": ContextualRouter,
+    "threshold": ThresholdRouter,
+    "expert_choice": ExpertChoiceRouter,
+}
+ROUTERS = tuple(_ROUTERS)
 FUSIONS = ("sum", "mean", "gated")
 
 
-def resolve_router(
-    name: str, in_channels: int, num_experts: int, k: int, **options
-) -> TopKRouter | DenseRouter | ContextualRouter:
+def resolve_router(name: str, in_channels: int, num_experts: int, k: int, **options) -> Router:
     """The router called ``name``; ``topk`` with ``k = num_experts`` needs no choice.
 
     Args:
-        name: ``topk`` or ``contextual``.
+        name: ``topk``, ``contextual``, ``threshold`` or ``expert_choice``.
         in_channels: Channels ``D``.
         num_experts: ``E``, ghosts included.
         k: Experts a token.
@@ -31,11 +42,9 @@ def resolve_router(
         ConfigError: An unknown name or option.
     """
     _known("router", name, ROUTERS)
-    if name == "contextual":
-        return _make(ContextualRouter, "router_kwargs", options, in_channels, num_experts, k)
-    if k == num_experts:
+    if name == "topk" and k == num_experts:
         return _make(DenseRouter, "router_kwargs", options, in_channels, num_experts)
-    return _make(TopKRouter, "router_kwargs", options, in_channels, num_experts, k)
+    return _make(_ROUTERS[name], "router_kwargs", options, in_channels, num_experts, k)
 
 
 def resolve_experts(

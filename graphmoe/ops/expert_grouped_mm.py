@@ -7,12 +7,12 @@ from torch.nn import functional as F
 from graphmoe.ops.expert_loop import activate, activate_back
 
 
-def suits_grouped_mm(rows: Tensor, down: Tensor) -> bool:
-    """Whether ``rows [R, D]`` and ``down [E, D_out, F]`` meet the kernel's demands."""
-    if rows.device.type != "cuda" or rows.dtype != torch.bfloat16 or rows.size(0) == 0:
+def suits_grouped_mm(x: Tensor, down: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``x [*, D]`` as ``dtype`` and ``down [E, D_out, F]`` meet the kernel's demands."""
+    if x.device.type != "cuda" or dtype != torch.bfloat16 or x.size(0) == 0:
         return False
-    aligned = all(size % 8 == 0 for size in (rows.size(1), *down.shape[1:]))  # 16 bytes
-    return aligned and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+    aligned = all(size % 8 == 0 for size in (x.size(1), *down.shape[1:]))  # 16 bytes
+    return aligned and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def apply_grouped(

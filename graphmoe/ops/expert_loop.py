@@ -37,10 +37,20 @@ Run = list[tuple[int, int, int]]
 
 
 def apply_loop(
-    rows: Tensor, gate_up: Tensor, down: Tensor, ptr: Tensor, activation: str, keep: bool
+    rows: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ptr: Tensor,
+    activation: str,
+    keep: bool,
+    places: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows ``[R, D]`` to outputs ``[R, D_out]``, and with ``keep`` the hidden rows ``[R, halves * F]``."""
-    count, width = rows.size(0), down.size(2)
+    """Rows ``[R, D]`` to outputs ``[R, D_out]``, and with ``keep`` the hidden rows ``[R, halves * F]``.
+
+    With ``places`` outputs and hidden rows have that many, and ``rows`` may end behind those present. Outputs
+    of absent rows are 0; their hidden rows, which nobody reads, are not written.
+    """
+    count, width = rows.size(0) if places is None else places, down.size(2)
     offsets = read_offsets(ptr, count)
     runs = make_runs(offsets, width)
     longest = _longest(runs)
@@ -48,8 +58,6 @@ def apply_loop(
     active = empty(rows, longest, width)
     out = empty(rows, count, down.size(1))
     out[offsets[-1] :].zero_()
-    if keep:
-        hidden[offsets[-1] :].zero_()
     first, second = gate_up.transpose(1, 2).unbind(), down.transpose(1, 2).unbind()
     for run in runs:
         start, end = run[0][1], run[-1][2]

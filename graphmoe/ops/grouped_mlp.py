@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from graphmoe.errors import ConfigError, GraphError
 from graphmoe.ops.expert_grouped_mm import apply_grouped, back_grouped, suits_grouped_mm
-from graphmoe.ops.expert_loop import HALVES, apply_loop, back_loop
+from graphmoe.ops.expert_loop import HALVES, apply_loop, back_loop, read_offsets
 from graphmoe.ops.memory import empty
 
 # A half-precision product on a CPU without instructions for it is 10 to 100 times slower than float32.
@@ -121,13 +121,21 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:
     """The output, and with ``keep`` the hidden rows before the activation (else nothing)."""
     dtype = _working_dtype(x)
-    rows = _gather(x.to(dtype), token)
-    apply = apply_grouped if suits_grouped_mm(rows, down) else apply_loop
-    out, hidden = apply(rows, gate_up.to(dtype), down.to(dtype), ptr, activation, keep)
+    count = x.size(0) if token is None else token.size(0)
+    weights = gate_up.to(dtype), down.to(dtype), ptr, activation, keep
+    if suits_grouped_mm(x, down, dtype):
+        out, hidden = apply_grouped(_gather(x.to(dtype), token), *weights)
+    else:
+        live = read_offsets(ptr, count)[-1]
+        token, weight, order, bounds = _present(live, x.size(0), token, weight, order, bounds)
+        rows = _gather(x.to(dtype)[:live] if token is None else x.to(dtype), token)
+        out, hidden = apply_loop(rows, *weights, places=count)
+        if reduce:
+            out = out[:live]
     if reduce:
         out = _sum_by_node(out, weight, order, bounds)
     elif weight is not None:
-        out.mul_(weight.unsqueeze(1))
+        out[: weight.numel()].mul_(weight.unsqueeze(1))
     return out.to(x.dtype), hidden
 
 
@@ -155,14 +163,22 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``x``, both projections and ``weight`` (empty without one)."""
     dtype = _working_dtype(x)
+    grouped, places = suits_grouped_mm(x, down, dtype), hidden.size(0)
+    if not grouped:
+        live = read_offsets(ptr, places)[-1]
+        token, weight, order, bounds = _present(live, x.size(0), token, weight, order, bounds)
+        hidden, grad = hidden[:live], grad if reduce else grad[:live]
+        inputs = x[:live] if token is None else x
+    else:
+        inputs = x
     grad = _gather(grad.to(dtype), token if reduce else None)
-    rows, scaled = _gather(x.to(dtype), token), grad
+    rows, scaled = _gather(inputs.to(dtype), token), grad
     if weight is not None:
         # Scaling the rows on the way in and out touches D values a row, scaling inside touches F.
         scale = weight.to(dtype).unsqueeze(1)
         rows = torch.mul(rows, scale, out=empty(rows, *rows.shape) if token is None else rows)
         scaled = torch.mul(grad, scale, out=empty(grad, *grad.shape))
-    back = back_grouped if suits_grouped_mm(rows, down) else back_loop
+    back = back_grouped if grouped else back_loop
     grad_x, grad_gate_up, grad_down, grad_weight = back(
         grad, scaled, rows, gate_up.to(dtype), down.to(dtype), ptr, hidden, activation
     )
@@ -170,7 +186,9 @@ def _backward_op(
         grad_x = _sum_by_node(grad_x, weight, order, bounds)
     elif weight is not None:
         grad_x.mul_(scale)
-    grad_weight = x.new_empty(0) if weight is None else grad_weight.to(weight.dtype)
+    grad_weight = x.new_empty(0) if weight is None else _padded(grad_weight.to(weight.dtype), places)
+    if token is None:
+        grad_x = _padded(grad_x, places)
     return grad_x.to(x.dtype), grad_gate_up.to(x.dtype), grad_down.to(x.dtype), grad_weight
 
 
@@ -203,6 +221,30 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 def _working_dtype(x: Tensor) -> torch.dtype:
     slow = x.device.type == "cpu" and not _NATIVE_ON_CPU.get(x.dtype, True)
     return torch.float32 if slow else x.dtype
+
+
+def _present(
+    live: int,
+    nodes: int,
+    token: Tensor | None,
+    weight: Tensor | None,
+    order: Tensor | None,
+    bounds: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The first ``live`` rows, which are all that are not absent: where tokens have places for more experts
+    than serve them, most rows are, and to gather and sum them would take longer than the experts do."""
+    weight = None if weight is None else weight[:live]
+    if token is None or live == token.numel():
+        return token, weight, order, bounds
+    token = token[:live]
+    return token, weight, *_rows_by_node(token, None, nodes)
+
+
+def _padded(rows: Tensor, places: int) -> Tensor:
+    """``rows``, and behind them zeros up to ``places``."""
+    if rows.size(0) == places:
+        return rows
+    return torch.cat([rows, rows.new_zeros(places - rows.size(0), *rows.shape[1:])])
 
 
 def _gather(x: Tensor, index: Tensor | None) -> Tensor:

@@ -318,7 +318,8 @@ def test_compiles_under_autocast():
 
 
 def test_operator_registration():
-    case = Case(route(12, 2, 4, absent=0.2), num_experts=4)
+    # No absent rows: their hidden rows are not written, so that two calls may differ in them.
+    case = Case(route(12, 2, 4), num_experts=4)
     x, gate_up, down, weight = case.leaves()
     weight = weight.detach().flatten()[case.perm].requires_grad_()
     order, bounds = case.perm.argsort(), torch.arange(13) * 2

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graphmoe.errors import ConfigError
-from graphmoe.nn.route.routers import sort_routes
+from graphmoe.nn.route.router import sizes, sort_routes
 from graphmoe.typing import NEVER, Routing
 
 
@@ -44,8 +44,7 @@ def limit_capacity(
     live = (routing.logits.detach() > NEVER / 2).any(dim=0).sum()
     present = routing.expert < experts
     graph = torch.zeros_like(routing.token) if batch is None else batch.index_select(0, routing.token)
-    edges = torch.zeros(max(tokens, 1), dtype=torch.long, device=graph.device)
-    edges = edges.index_add(0, graph, present.long())  # of each graph; there are at most N
+    edges = sizes(graph, present)  # of the graph of each edge
     ratio = Fraction(str(capacity_factor))
     # Integers: 1.1 * 10 is more than 11 in floating point.
     over = ratio.denominator * live.clamp(min=1)
@@ -58,7 +57,7 @@ def limit_capacity(
     rank = torch.empty_like(place).scatter_(
         0, by_weight.index_select(0, by_group), place - torch.searchsorted(ordered, ordered)
     )
-    dropped = present & (rank >= capacity.index_select(0, graph))
+    dropped = present & (rank >= capacity)
 
     hit = torch.where(dropped, routing.expert, experts)
     overflow = torch.zeros(tokens, experts + 1, dtype=torch.bool, device=graph.device)

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor, nn
 
-from graphmoe.nn.route.routers import Router
+from graphmoe.nn.route.router import Router
 from graphmoe.nn.row_attention import RowAttention
 from graphmoe.typing import Routing
 
@@ -28,7 +28,7 @@ class ContextualRouter(Router):
         num_experts: ``E``.
         k: Experts a token is left with, ``1 <= k <= E``.
         heads: Attention heads; must divide ``D``.
-        scale, temperature, noise_std: As in :class:`TopKRouter`.
+        scale, temperature, noise_std, scoring_func, norm_topk_prob: As in :class:`TopKRouter`.
 
     Shapes:
         - **input:** ``x [N, E, D]``, the outputs of all experts, and ``mask``, ``offset``, ``batch`` as in
@@ -49,9 +49,19 @@ class ContextualRouter(Router):
         scale: float = 1.0,
         temperature: float = 1.0,
         noise_std: float = 0.0,
+        scoring_func: str = "softmax",
+        norm_topk_prob: bool = True,
     ):
-        options = {"scale": scale, "temperature": temperature, "noise_std": noise_std}
-        super().__init__(in_channels, num_experts, k, **options)
+        super().__init__(
+            in_channels,
+            num_experts,
+            k,
+            scale=scale,
+            temperature=temperature,
+            noise_std=noise_std,
+            scoring_func=scoring_func,
+            norm_topk_prob=norm_topk_prob,
+        )
         self.identity = nn.Parameter(torch.empty(num_experts, in_channels))
         self.attention = RowAttention(in_channels, heads)
         self.norm = nn.RMSNorm(in_channels, eps=1e-6)
