@@ -12,6 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from analysis.balance import balance, is_balanced
 from analysis.command import Parser, run_command
 from analysis.comparison_figure import comparison
 from analysis.comparison_table import csv_table, markdown_table
@@ -52,9 +53,14 @@ class Comparison:
         """Draw held-out quality against FLOPs a token, a point a group."""
         return trade_off(self.groups)
 
+    def balance(self) -> Figure:
+        """Draw held-out quality against how evenly experts are loaded, a point a group."""
+        return balance(self.groups)
+
     def save(self, directory: str | Path) -> list[Path]:
-        """Write ``comparison.md``, ``comparison.csv`` and ``comparison.png`` and, where the results know
-        what a token costs, ``trade_off.png``; return their paths.
+        """Write ``comparison.md``, ``comparison.csv`` and ``comparison.png``; where the results know what a
+        token costs, ``trade_off.png``; where they know the load of single steps, ``balance.png``; return
+        their paths.
 
         The folder is made if it is missing; a file of that name is replaced in one step.
 
@@ -68,6 +74,8 @@ class Comparison:
         }
         if points_of(self.groups):
             contents["trade_off.png"] = png(self.trade_off())
+        if is_balanced(self.groups):
+            contents["balance.png"] = png(self.balance())
         return [write(Path(directory) / name, data) for name, data in contents.items()]
 
 

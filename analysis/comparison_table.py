@@ -15,6 +15,12 @@ METRICS = {"bits_per_byte": "bits per byte", "loss": "loss, nats per token"}
 REFERENCES = {"baseline": "unigram", "chance": "chance"}
 """Rows that are no model, by their key in the results, and what they are called if no run says it."""
 EXTRAS = {
+    "MaxVio of a step / even load / blind": (
+        "step_max_violation",
+        "batch_violation_even",
+        "step_max_violation_random",
+    ),
+    "experts a token": ("edges_per_token",),
     "dropped / random": ("drop_rate", "drop_rate_random"),
     "mediator gate": ("mediator_gate",),
 }

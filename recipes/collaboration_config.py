@@ -1,33 +1,16 @@
-"""Flags of experts that collaborate, that reason in steps, and of the router that chooses them."""
+"""Flags of experts that collaborate and that reason in steps."""
 
-import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from graphmoe.train.config import RunConfig, flag
-
-
-def switch(help: str) -> Any:
-    """Declare a flag that is yes, no, or not given (``None``): a word of an original system that decides
-    other flags."""
-    return field(default=None, metadata={"help": help, "nargs": "?", "const": True})
+from graphmoe.train.config import flag
+from recipes.routing_config import RoutingConfig, switch
 
 
 @dataclass(kw_only=True)
-class CollaborationConfig(RunConfig):
+class CollaborationConfig(RoutingConfig):
     """Flags of collaboration; without ``--coupling collab`` those that begin with it mean nothing."""
 
-    router: str = flag("topk", "who chooses experts: topk, the token, or contextual, what all of them say")
-    router_temperature: float = flag(1.0, "what the scores of the router are divided by")
-    router_noise_std: float = flag(0.0, "standard deviation of noise on the scores, in training")
-    capacity_factor: float | None = flag(
-        None,
-        "in training, most edges of an expert as a multiple of the mean; no limit without it. What is "
-        "dropped depends on later tokens, too",
-    )
-    drop_penalty_coef: float = flag(
-        0.001, "weight of the probability of dropped edges", aliases=["--drop_penalty_weight"]
-    )
     reasoning_steps: int = flag(
         0, "passes of an expert over its own result; 0 for plain experts", aliases=["--n_reasoning_steps"]
     )
@@ -65,8 +48,6 @@ class CollaborationConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         self.require("collab_dropout", 0 <= self.collab_dropout < 1, "a number >= 0 and < 1")
-        factor = self.capacity_factor
-        self.require("capacity_factor", factor is None or 0 < factor < math.inf, "a finite number > 0")
         self.require("reasoning_steps", self.reasoning_steps >= 0, "a number >= 0")
         if self.decode_steps is not None:
             possible = self.decode_steps >= 1 and self.reasoning_steps >= 1

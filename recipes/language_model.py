@@ -35,6 +35,7 @@ from graphmoe.train.ranks import (
     require_equal,
     together,
 )
+from graphmoe.train.routing import RouterBalance, probe_balance
 from graphmoe.train.tracking import TrackedLog, start_tracker
 from recipes.language_model_config import LanguageModelConfig, build_model
 from recipes.reporting import ghost_steps, peak_rss_mb, report, say, scores, speed
@@ -183,6 +184,7 @@ def conclude(
     steps too, which takes longer than the rest."""
     some = held_out.sequential(config.eval_windows)
     probe = probe_experts(model, some) | probe_collaboration(model, some)
+    probe |= probe_balance(model, held_out.sequential(config.final_windows), batch_size=config.batch_size)
     if thorough:
         probe |= probe_inference(model, some, max_tokens=INFERENCE_TOKENS)
     records.write(state, model, final=probe)
@@ -272,6 +274,7 @@ def hooks(
     )
     callbacks = [
         ghosts,
+        RouterBalance(model),
         orthogonality,
         Every(config.log_every, on.Unsharded(records)),
         Every(config.log_every, log),

@@ -3,14 +3,17 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from graphmoe.data import Corpus
 from graphmoe.errors import ConfigError
 from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM
-from graphmoe.train.config import flag
+from graphmoe.models.pretrained import GraphMoEPreTrainedModel
+from graphmoe.train.config import RunConfig, flag
 from graphmoe.train.loop import reseed
 from recipes.collaboration_config import CollaborationConfig
+
+T = TypeVar("T", bound=GraphMoEPreTrainedModel)
 
 # The words of the command line, where they differ from those of transformers and of layers.
 _MODEL_WORDS = {
@@ -89,10 +92,6 @@ class LanguageModelConfig(CollaborationConfig):
     ghost_learning_rate: float | None = flag(
         None, "peak learning rate of ghosts, for inverse and complementary; --learning_rate without it"
     )
-    router_aux_loss_coef: float = flag(
-        0.01, "weight of the load-balancing loss", aliases=["--aux_loss_weight"]
-    )
-    router_z_loss_coef: float = flag(0.001, "weight of the router z-loss", aliases=["--router_z_loss_weight"])
     orthogonality_output_coef: float = flag(0.0, "weight of the orthogonality of mean expert outputs")
     orthogonality_weight_coef: float = flag(0.0, "weight of the orthogonality of expert weights")
     orthogonality_warmup_steps: int = flag(1000, "optimiser steps until orthogonality has full strength")
@@ -159,16 +158,27 @@ def parse_hyperedges(text: str) -> list[list[int]]:
 
 
 def build_model(config: LanguageModelConfig, corpus: Corpus) -> GraphMoEForCausalLM:
-    """The model of a config on a corpus; an error names the flag, not the model's word for it."""
-    known = {field.name for field in dataclasses.fields(GraphMoEConfig)}
-    settings = {_MODEL_WORDS.get(name, name): value for name, value in vars(config).items()}
+    """The model of a config on a corpus."""
     end = None if corpus.tokenizer is None else corpus.tokenizer.eos_token_id
-    settings["hyperedges"] = None if config.hyperedges is None else parse_hyperedges(config.hyperedges)
-    settings |= {"vocab_size": corpus.vocab_size, "eos_token_id": end, "bos_token_id": end}
-    settings["checkpoint_policy"] = config.checkpoint_policy
+    hyperedges = None if config.hyperedges is None else parse_hyperedges(config.hyperedges)
+    return build(
+        GraphMoEForCausalLM, config, hyperedges=hyperedges, vocab_size=corpus.vocab_size,
+        eos_token_id=end, bos_token_id=end, checkpoint_policy=config.checkpoint_policy,
+    )  # fmt: skip
+
+
+def build(model_class: type[T], config: RunConfig, **settings: Any) -> T:
+    """A model whose settings are the flags of a config, and ``settings``, in the model's words.
+
+    Raises:
+        ConfigError: If it cannot be built; the error names the flag, not the model's word for it.
+    """
+    known = {field.name for field in dataclasses.fields(GraphMoEConfig)}
+    settings = {_MODEL_WORDS.get(name, name): value for name, value in vars(config).items()} | settings
+    own = {name: value for name, value in settings.items() if name in known}
     reseed(config.seed, 0)
     try:
-        return GraphMoEForCausalLM(GraphMoEConfig(**{k: v for k, v in settings.items() if k in known}))
+        return model_class(GraphMoEConfig(**own))
     except ConfigError as error:
         where = f"--{_FLAGS.get(error.where, error.where)}"
         raise ConfigError(error.what, where, error.expected, error.got) from None

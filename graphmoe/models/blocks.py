@@ -21,7 +21,7 @@ def build_block(config: GraphMoEConfig) -> Block:
     """One block of the language model."""
     attend = AttendConv(
         config.hidden_size, config.num_attention_heads,
-        kv_heads=config.num_key_value_heads, dropout=config.attention_dropout,
+        kv_heads=config.num_key_value_heads, dropout=config.attention_dropout, causal=config.is_causal,
     )  # fmt: skip
     if config.num_experts == 1:
         feed_forward = FeedForward(config.hidden_size, config.intermediate_size, activation=config.hidden_act)
@@ -79,6 +79,8 @@ def router_options(config: GraphMoEConfig) -> dict:
         options["norm_topk_prob"] = config.norm_topk_prob
     if config.router_bias:
         options |= {"bias": True, "bias_rate": config.router_bias_rate}
+    if config.router == "threshold":
+        options["decay"] = config.router_threshold_decay
     if config.router == "contextual":
         options["heads"] = config.collab_heads
     return options

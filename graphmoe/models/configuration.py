@@ -36,6 +36,7 @@ class GraphMoEConfig(PreTrainedConfig):
             ``contextual``.
         router_bias: Balance the load of ``topk`` by a bias that a training callback moves, not by a loss.
         router_bias_rate: What the bias moves by in one optimiser step.
+        router_threshold_decay: What a threshold keeps of itself in one optimiser step.
         num_shared_experts: Experts of each block that serve every token beside those it is routed to.
         router_temperature: Divides the scores of the router.
         router_noise_std: Standard deviation of Gaussian noise on the scores, in training.
@@ -89,7 +90,7 @@ class GraphMoEConfig(PreTrainedConfig):
     """
 
     model_type = "graphmoe"
-    keys_to_ignore_at_inference = ("cache", "records", "aux_losses")
+    keys_to_ignore_at_inference = ("cache", "records", "aux_losses", "lm_loss", "task_loss")
 
     vocab_size: int = 4096
     hidden_size: int = 128
@@ -119,6 +120,7 @@ class GraphMoEConfig(PreTrainedConfig):
     norm_topk_prob: bool | None = None
     router_bias: bool = False
     router_bias_rate: float | int = 1e-3
+    router_threshold_decay: float | int = 0.9
     num_shared_experts: int = 0
     router_temperature: float | int = 1.0
     router_noise_std: float | int = 0.0

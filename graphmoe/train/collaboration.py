@@ -174,7 +174,9 @@ def _trained_knobs(model: nn.Module) -> dict[str, int]:
 def _sums(record: Record) -> dict[str, Tensor]:
     """What of one batch adds up to the figures of a layer."""
     serves = serving(record.routing).double()
-    sums = {"tokens": serves.any(dim=1).sum(), "together": serves.t() @ serves}
+    degree = serves.sum(dim=1)
+    sums = {"tokens": (degree > 0).sum(), "together": serves.t() @ serves}
+    sums |= {"edges": degree.sum(), "squares": degree.square().sum()}
     if record.attention is not None and record.attention.size(0):
         heard, met, uniform = attention_of_experts(record)
         sums |= {"heard": heard, "met": met, "uniform": uniform.sum()}
@@ -186,7 +188,10 @@ def _sums(record: Record) -> dict[str, Tensor]:
 def _figures(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """The figures of one layer."""
     together = sums["together"] / sums["tokens"].clamp(min=1)
-    figures = {"coactivation": together, "coactivation_random": random_coactivation(together.diagonal())}
+    # Numbers are equal exactly where their mean square is the square of their mean.
+    equal = bool(sums["squares"] * sums["tokens"] == sums["edges"] ** 2)
+    random = random_coactivation(together.diagonal(), fixed=equal)
+    figures = {"coactivation": together, "coactivation_random": random}
     if "heard" in sums:
         figures["attention"] = sums["heard"] / sums["met"]  # 0 / 0 is NaN: never together
         figures["attention_uniform"] = sums["uniform"] / sums["tokens"].clamp(min=1)

@@ -108,11 +108,13 @@ def expert_summary(probe: dict[str, Tensor]) -> dict[str, list[float]]:
     """The figures of :func:`probe_experts` as one number a layer, for JSON.
 
     CKA is the mean over pairs of live experts (0 without a pair). Added are ``max_violation`` and
-    ``load_entropy`` of the load among live experts, and the ``mediator_gate`` where there is one.
+    ``load_entropy`` of the load among live experts, and where they are known the ``mediator_gate``, the
+    ``batch_violation`` and the ``batch_violation_even``.
 
     Args:
         probe: What :func:`probe_experts` returned, and maybe
-            :func:`~graphmoe.train.collaboration.probe_collaboration`.
+            :func:`~graphmoe.train.collaboration.probe_collaboration` and
+            :func:`~graphmoe.train.routing.probe_balance`.
 
     Returns:
         One list of ``L`` floats a figure; empty for an empty probe.
@@ -128,8 +130,9 @@ def expert_summary(probe: dict[str, Tensor]) -> dict[str, list[float]]:
     for name, measure in (("max_violation", max_violation), ("load_entropy", load_entropy)):
         values = [measure(row, alive) for row, alive in zip(probe["final_load"], live, strict=True)]
         figures[name] = torch.stack(values)
-    if "final_mediator_gate" in probe:
-        figures["mediator_gate"] = probe["final_mediator_gate"]
+    for name in ("mediator_gate", "batch_violation", "batch_violation_even"):
+        if f"final_{name}" in probe:
+            figures[name] = probe[f"final_{name}"]
     return {name: values.tolist() for name, values in figures.items()}
 
 

@@ -10,20 +10,30 @@ from torch import Tensor, nn
 from graphmoe import checkpoint
 from graphmoe.errors import ConfigError
 from graphmoe.loss import gram
-from graphmoe.metrics import random_drop_rate, routing_entropy, specialisation
+from graphmoe.metrics import (
+    RouterCounts,
+    count_routes,
+    random_drop_rate,
+    random_max_violation,
+    router_metrics,
+    specialisation,
+)
 from graphmoe.nn import HyperCoupleConv, MoELayer, moe_layers
 from graphmoe.train.collaboration import gate_spread, gate_sums
 from graphmoe.train.loop import Callback, TrainState
 from graphmoe.train.ranks import sum_of_ranks
 from graphmoe.typing import NEVER, Record
 
+RECENT_STEPS = 100
+"""Optimiser steps that a mean over the end of a run takes in."""
+
 
 class RecordLog(Callback):
     """Keeps routing, couplings, collaboration, specialisation, orthogonality and ghosts over time.
 
     One row of every series is added at each call; :meth:`write` puts them all into
-    ``records.safetensors``. Load, dropped edges and gates are those of the last micro-batch of all ranks;
-    entropy, specialisation and overlap those of each rank's share.
+    ``records.safetensors``. Load, edges, entropy, dropped edges and gates are those of the last micro-batch
+    of all ranks; specialisation and overlap those of each rank's share.
 
     Args:
         metadata: Facts of the run, written beside the series.
@@ -53,11 +63,7 @@ class RecordLog(Callback):
         if not layers:
             return
         with torch.no_grad():
-            row = {
-                "step": torch.tensor(state.step),
-                "routing_entropy": torch.stack([routing_entropy(r.routing) for r in outputs.records]),
-            }
-            row |= _traffic(state, outputs.records)
+            row = {"step": torch.tensor(state.step)} | _traffic(state, outputs.records)
             if all(record.overflow is not None for record in outputs.records):
                 row["drop_rate_random"] = _random_drop_rates(layers, outputs.records)
             row |= self._outputs(model, outputs)
@@ -95,11 +101,25 @@ class RecordLog(Callback):
         return row
 
     def summary(self) -> dict[str, list[float]]:
-        """What only training shows, as one number a layer, for JSON: ``drop_rate`` and the chance level
-        ``drop_rate_random``, means over the last quarter of the rows; empty without a capacity."""
+        """What only training shows, as one number a layer, for JSON, means over rows.
+
+        Of the last 100 steps: ``step_max_violation``, the MaxVio of single steps, beside ``.._random``, the
+        sampling floor, and ``edges_per_token``, if it varies. Of the last quarter of the rows, if there is a
+        capacity: ``drop_rate`` beside its chance level ``drop_rate_random``. Empty without a row.
+        """
         names = [name for name in ("drop_rate", "drop_rate_random") if self.series.get(name)]
         rows = {name: torch.stack(self.series[name]) for name in names}  # [S, L]
-        return {name: value[-max(1, len(value) // 4) :].mean(0).tolist() for name, value in rows.items()}
+        figures = {name: value[-max(1, len(value) // 4) :].mean(0).tolist() for name, value in rows.items()}
+        if self.series:
+            steps = torch.stack(self.series["step"])
+            recent = steps > steps[-1] - RECENT_STEPS
+            for name in ("step_max_violation", "step_max_violation_random", "edges_per_token"):
+                # A run that an older version began has rows without them.
+                if len(self.series.get(name, ())) == len(steps):
+                    rows = torch.stack(self.series[name])[recent]
+                    if name != "edges_per_token" or rows.min() < rows.max():
+                        figures[name] = rows.mean(0).tolist()
+        return figures
 
     def write(
         self, state: TrainState, model: nn.Module, *, final: Mapping[str, Tensor] | None = None
@@ -128,22 +148,33 @@ class RecordLog(Callback):
 
 
 def _traffic(state: TrainState, records: Sequence[Record]) -> dict[str, Tensor]:
-    """What can be counted, of all ranks: ``load [L, E]``; with a capacity ``drop_rate [L]``; with a
-    mediator the mean and the standard deviation of its gate, ``[L]``. All ranks must call this."""
-    counts = {"served": torch.stack([record.routing.ptr.diff() for record in records])}  # [L, E]
-    if all(record.overflow is not None for record in records):
-        counts["dropped"] = torch.stack([record.dropped for record in records])
+    """What can be counted, of all ranks: ``load [L, E]``; ``step_max_violation``, what blind choice would
+    give in its place, ``routing_entropy`` and ``edges_per_token``, each ``[L]``; with a capacity ``drop_rate
+    [L]``; with a mediator the mean and the standard deviation of its gate, ``[L]``. All ranks must call
+    this."""
+    routes = [count_routes(record.routing, record.mask, record.overflow) for record in records]
+    counts = {name: torch.stack(parts) for name, *parts in zip(RouterCounts._fields, *routes, strict=True)}
     if all(record.gate is not None for record in records):
         counts["gate"] = torch.stack([gate_sums(record) for record in records])  # [L, 3]
     counts = sum_of_ranks(state.accelerator, counts)
-    served = counts["served"].float()
-    edges = served.sum(dim=1)
-    row = {"load": served / edges.clamp(min=1).unsqueeze(1)}
-    if "dropped" in counts:
-        row["drop_rate"] = counts["dropped"] / (counts["dropped"] + edges).clamp(min=1)
-    if "gate" in counts:
-        row["mediator_gate"], row["mediator_gate_std"] = gate_spread(counts["gate"])
+    gate = counts.pop("gate", None)
+    figures = [router_metrics(RouterCounts(*parts)) for parts in zip(*counts.values(), strict=True)]
+    names = {"load": "load", "max_violation": "step_max_violation"}
+    names |= {name: name for name in ("routing_entropy", "edges_per_token")}
+    if all(record.overflow is not None for record in records):
+        names["drop_rate"] = "drop_rate"
+    row = {name: torch.stack([figure[key] for figure in figures]) for key, name in names.items()}
+    floors = [_random_max_violation(RouterCounts(*parts)) for parts in zip(*counts.values(), strict=True)]
+    row["step_max_violation_random"] = torch.tensor(floors)
+    if gate is not None:
+        row["mediator_gate"], row["mediator_gate_std"] = gate_spread(gate)
     return row
+
+
+def _random_max_violation(counts: RouterCounts) -> float:
+    tokens, live = max(1, int(counts.tokens)), max(1, int((counts.reachable > 0).sum()))
+    k = round(int(counts.served.sum()) / tokens)
+    return random_max_violation(tokens, live, min(max(1, k), live))
 
 
 def _random_drop_rates(layers: Sequence[MoELayer], records: Sequence[Record]) -> Tensor:

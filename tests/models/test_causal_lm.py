@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import graphmoe
 from graphmoe.errors import CheckpointError, ConfigError
 from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM
-from graphmoe.nn import edge_form
+from graphmoe.nn import ThresholdRouter, edge_form
 
 COUPLINGS = [
     ("none", "all_pairs"),
@@ -23,6 +23,20 @@ OPTIONS += [
     ("hyper", "all", 4, 2, {"hyperedge_attention": True, "coupling_layers": 2}),
     ("hyper", "custom", 3, 2, {"hyperedges": [[0, 1, 4], [1, 2], [2, 3, 5], [0], [3, 4]]}),
     ("none", "all_pairs", 2, 0, {"routed_scaling_factor": 2.0, "post_norm": 0.2}),
+]
+OPTIONS += [
+    ("none", "all_pairs", 2, 0, {"router": "threshold", "num_shared_experts": 1}),
+    ("gnn", "all_pairs", 2, 2, {"router": "threshold", "norm_topk_prob": True}),
+    (
+        "hyper",
+        "all_pairs",
+        3,
+        0,
+        {"router": "threshold", "scoring_func": "sigmoid", "router_temperature": 0.7},
+    ),
+    ("none", "all_pairs", 1, 0, {"norm_topk_prob": False, "router_bias": True, "router_bias_rate": 0.3}),
+    ("gnn", "all_pairs", 2, 2, {"scoring_func": "sigmoid", "router_bias": True, "num_shared_experts": 2}),
+    ("collab", "all_pairs", 2, 0, {"router": "threshold", "fusion": "gated", "collab_heads": 4}),
 ]
 # Mixture of Collaboration: coupling, (unused) strategy, k, ghosts, options. Capacity drops in training only.
 COLLAB = {"fusion": "gated", "collab_heads": 4}
@@ -70,6 +84,11 @@ def build(coupling="hyper", strategy="all_pairs", k=3, ghosts=2, **options):
         if layer.ghosts is not None:
             layer.ghosts.phase[:] = torch.tensor([2, 1])
             layer.ghosts.steps[:] = torch.tensor([100, 40])
+        if isinstance(layer.router, ThresholdRouter):
+            scores = torch.randn(200, layer.router.num_experts)
+            layer.router.observe(scores)
+        elif options.get("router_bias"):
+            layer.router.bias_steps[:] = torch.arange(len(layer.router.bias_steps)) - 1
     return model.eval()
 
 

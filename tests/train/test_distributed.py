@@ -31,6 +31,7 @@ from graphmoe.train.loop import Callback, Every, fit, reseed
 from graphmoe.train.optim import scale_updates
 from graphmoe.train.parallel import refuse_shards, whole_parameters
 from graphmoe.train.ranks import from_main, make_accelerator, mean_of_shares, require_equal, together
+from graphmoe.train.routing import RouterBalance
 
 TESTS = str(Path(__file__).parents[1])
 STEPS, CUT = 4, 2
@@ -45,10 +46,13 @@ MODELS = {
         "reasoning_steps": 2,
     },
     "idle": {"num_experts_per_tok": 2},
+    "bias": {"num_experts_per_tok": 1, "router_bias": True, "router_bias_rate": 0.1, "num_shared_experts": 1},
+    "threshold": {"num_experts_per_tok": 2, "router": "threshold"},
 }
 CASES = [
     ("moe", "ddp", 1), ("moe", "ddp", 2), ("moe", "fsdp", 1), ("moe", "fsdp", 2),
     ("collab", "ddp", 2), ("collab", "fsdp", 2), ("collab", "fsdp", 1), ("idle", "ddp", 1),
+    ("bias", "ddp", 1), ("bias", "fsdp", 2), ("threshold", "ddp", 2), ("threshold", "fsdp", 1),
 ]  # fmt: skip
 
 
@@ -117,7 +121,7 @@ def train(run_dir, name, parallel="ddp", micros=1, *, resume_from=None, extra=()
     watch = Watch(model)
     fit(
         model, batches, config(parallel, micros, **options), run_dir,
-        callbacks=[watch, *extra], setup=watch.setup, resume_from=resume_from,
+        callbacks=[watch, RouterBalance(model), *extra], setup=watch.setup, resume_from=resume_from,
     )  # fmt: skip
     return model, watch
 

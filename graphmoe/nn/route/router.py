@@ -174,7 +174,7 @@ class Router(nn.Module):
     def edges(self, expert: Tensor, value: Tensor, logits: Tensor, mask: Tensor | None) -> Routing:
         """Edges to ``expert [N, k]`` with scores ``value [N, k]``; those to unreachable experts and those of
         masked tokens are absent."""
-        present = value > NEVER / 2
+        present = ~(value <= NEVER / 2)  # a score that is no number is not hidden
         if mask is not None:
             present = present & mask.unsqueeze(1)
         expert = torch.where(present, expert, logits.size(1))

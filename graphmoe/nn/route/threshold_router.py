@@ -95,8 +95,8 @@ class ThresholdRouter(Router):
         probability = self.probabilities(logits)
         score = probability.detach()
         best = torch.zeros_like(score, dtype=torch.bool).scatter(1, largest(score, self.k), True)
-        chosen = torch.where(self.observed > 0, score > self.threshold.to(score.dtype), best)
-        chosen = chosen & (logits.detach() > NEVER / 2)
+        chosen = torch.where(self.observed > 0, ~(score <= self.threshold.to(score.dtype)), best)
+        chosen = chosen & ~(logits.detach() <= NEVER / 2)  # a score that is no number is not hidden
         if mask is not None:
             chosen = chosen & mask.unsqueeze(1)
         weight = probability * chosen
