@@ -29,7 +29,6 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     REFERENCE: {},
     "none": _NO_LOSS,
     "bias": _NO_LOSS | {"router_bias": True},
-    "bias_sigmoid": _NO_LOSS | {"router_bias": True, "scoring_func": "sigmoid"},
     "threshold": _NO_LOSS | {"router": "threshold"},
 }
 
@@ -38,13 +37,16 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 class BalanceConfig(LanguageModelConfig):
     """What all arms share; ``aux`` has the coefficient of the balancing loss, ``bias`` the rate."""
 
-    max_steps: int = flag(400, "optimiser steps to train each model for")
+    max_steps: int = flag(250, "optimiser steps to train each model for")
+    batch_size: int = flag(64, "sequences in a batch")
+    seq_len: int = with_default("seq_len", 64)
     num_layers: int = with_default("num_layers", 3)
     num_experts: int = with_default("num_experts", 8)
     top_k: int = with_default("top_k", 2)
     router_bias_rate: float = with_default("router_bias_rate", 0.01)
+    eval_every: int = flag(50, "optimiser steps between evaluations")
     log_every: int = flag(1, "optimiser steps between records of the load")
-    final_windows: int | None = flag(512, "held-out sequences scored at the end")
+    final_windows: int | None = flag(1024, "held-out sequences scored at the end")
     keep_checkpoints: int = flag(1, "newest checkpoints to keep of each run")
     sample_tokens: int = flag(0, "most tokens of a sample of each model; 0 for none")
     num_seeds: int = flag(3, "seeds of each arm, from --seed on")

@@ -101,7 +101,7 @@ def test_stopped_and_resumed_gives_the_same_losses(finished, corpus, tmp_path, s
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("recipe", ["moe_lm", "dense_lm"])
+@pytest.mark.parametrize("recipe", ["moe_lm", "dense_lm", "expert_choice_lm"])
 def test_baselines_run(recipe, corpus, tmp_path):
     assert run(recipe, *SMALL, "--dataset", corpus, "--out_dir", tmp_path, "--max_steps=2") == 0
     result = json.loads((tmp_path / recipe / "result.json").read_text())
