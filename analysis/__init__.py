@@ -1,4 +1,4 @@
-"""Pictures of a finished or running training run: records in, matplotlib figures out.
+"""Pictures of a training run or of one traced pass of a model: records in, matplotlib figures out.
 
 A plot is a pure function ``RunRecord -> Figure``. To add one, write it in the file of its family and
 give it a line in :data:`PLOTS`. Several runs side by side are :func:`analysis.compare.compare`.
@@ -22,6 +22,11 @@ from analysis.hypergraph import hypergraph
 from analysis.inference import inference_knobs
 from analysis.load import drop_rate, expert_load, expert_load_over_time
 from analysis.orthogonality import orthogonality
+from analysis.routing import is_compared, is_routed
+from analysis.routing_decisions import routing_decisions
+from analysis.routing_graph import routing_graph
+from analysis.routing_load import routing_load
+from analysis.routing_tokens import routing_tokens
 from analysis.series import INFERENCE, has, steps
 from analysis.specialisation import expert_similarity, routing_information, specialisation
 from graphmoe.checkpoint import RunRecord
@@ -51,6 +56,10 @@ PLOTS: dict[Plot, Callable[[RunRecord], bool]] = {
     expert_similarity: lambda record: _several(record, "final_cka"),
     routing_information: lambda record: _routed(record),
     orthogonality: lambda record: has(record, "orthogonality_strength") or has(record, "overlap"),
+    routing_load: is_routed,
+    routing_tokens: is_routed,
+    routing_graph: is_compared,
+    routing_decisions: is_routed,
 }
 """Every plot, and whether a run has what it draws."""
 

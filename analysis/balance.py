@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis import style
 from analysis.comparison_figure import group_look, label_lines
-from analysis.comparison_table import METRICS, metric_of
+from analysis.comparison_table import METRICS, better, metric_of
 from analysis.groups import Group
 from analysis.labels import Label, place_labels
 from graphmoe.checkpoint import RunRecord
@@ -18,18 +20,25 @@ VIOLATION = "step_max_violation"
 
 
 def is_balanced(groups: Sequence[Group]) -> bool:
-    """Return whether there is anything to draw: two groups or more that know their load in single steps."""
-    return sum(group.spread("experts", VIOLATION) is not None for group in groups) > 1
+    """Return whether there is anything to draw: two groups or more whose load in single steps is known."""
+    return sum(_is_uneven(group) for group in groups) > 1
+
+
+def _is_uneven(group: Group) -> bool:
+    """Whether the load of single steps is known, and not even by construction, which has no logarithm."""
+    value = group.spread("experts", VIOLATION)
+    return value is not None and value.mean > 0
 
 
 @style.styled
 def balance(groups: Sequence[Group]) -> Figure:
     """Held-out quality of each group against the violation of its last 100 steps, and violations over time.
 
-    Points are means over seeds, bars their standard deviation; the dotted line is the sampling floor, the
-    violation to expect of a router that chooses blindly.
+    Points are means over seeds, bars their standard deviation. The stroke at the height of a point is what
+    would remain of its violation if the load were even in the long run, as the tokens of a text resemble one
+    another; the dotted line is what a router that chooses blindly would show.
     """
-    known = [(index, group) for index, group in enumerate(groups) if group.spread("experts", VIOLATION)]
+    known = [(index, group) for index, group in enumerate(groups) if _is_uneven(group)]
     fig = style.new_figure(12.0, 5.0, "Balance against quality")
     points, curves = fig.subplots(1, 2)
     floors = [group.spread("experts", f"{VIOLATION}_random") for _, group in known]
@@ -39,6 +48,7 @@ def balance(groups: Sequence[Group]) -> Figure:
     seen = np.concatenate([_curve(curves, index, group) for index, group in known] or [np.empty(0)])
     style.step_axis(curves, seen)
     curves.set_yscale("log")
+    _plain_log(curves.yaxis)
     curves.set_ylabel("MaxVio of a step, mean over layers")
     curves.set_title("Over training: mean over seeds, smoothed over 2 % of the steps")
     if np.isfinite(floor):
@@ -64,21 +74,32 @@ def _point(ax: Axes, index: int, group: Group, metric: str) -> Label | None:
         capsize=2.5,
         markersize=7,
     )
+    even = group.spread("experts", "batch_violation_even")
+    if even is not None:
+        ax.plot(even.mean, up.mean, "|", color=colour, markersize=16, markeredgewidth=2)
     return Label(label_lines(group.label), across.mean, up.mean)
 
 
 def _finish_points(ax: Axes, floor: float, metric: str) -> None:
     ax.set_xscale("log")
+    _plain_log(ax.xaxis)
     if np.isfinite(floor):
         ax.axvline(floor, color=style.INK, linestyle=":", linewidth=1.0)
         ax.annotate(
-            f"sampling floor {floor:.3f}", (floor, 0.01), xycoords=("data", "axes fraction"), xytext=(4, 2),
+            f"blind choice {floor:.3f}", (floor, 0.01), xycoords=("data", "axes fraction"), xytext=(4, 2),
             textcoords="offset points", fontsize=8, color=style.QUIET,
         )  # fmt: skip
     ax.margins(0.15)
     ax.set_xlabel("MaxVio of a step, mean of the last 100 steps (less is more even)")
-    ax.set_ylabel(f"held-out {METRICS[metric]} (less is better)")
-    ax.set_title("Mean over seeds ± standard deviation")
+    ax.set_ylabel(f"held-out {METRICS[metric]} ({better(metric)} is better)")
+    ax.set_title("Mean over seeds ± standard deviation; stroke: were the load even in the long run")
+
+
+def _plain_log(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis of a decade or two."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _curve(ax: Axes, index: int, group: Group) -> np.ndarray:

@@ -28,7 +28,8 @@ def comparison(groups: Sequence[Group]) -> Figure:
         if len(at):
             _curve(curves, at, values, group, index)
     style.step_axis(curves, seen)
-    curves.set_ylabel(f"held-out {METRICS[key]}")
+    # Classifiers are watched on one part and scored on another.
+    curves.set_ylabel("validation accuracy" if key == "accuracy" else f"held-out {METRICS[key]}")
     curves.set_title("Mean over seeds, band: ± standard deviation")
     if len(seen):
         curves.legend()
@@ -75,7 +76,8 @@ def _finals(ax: Axes, groups: Sequence[Group], key: str) -> None:
     ax.grid(False, axis="y")
     ax.margins(x=0.08)
     ax.set_xlabel(f"held-out {METRICS[key]}")
-    ax.set_title("At the end: a dot a seed, line: mean")
+    when = "On the test part" if key == "accuracy" else "At the end"
+    ax.set_title(f"{when}: a dot a seed, line: mean")
 
 
 def label_lines(label: str) -> str:

@@ -10,9 +10,10 @@ from analysis.groups import Group, Spread, dataset, differing, figure, paired, s
 from analysis.series import is_number
 from graphmoe.checkpoint import RunRecord
 
-METRICS = {"bits_per_byte": "bits per byte", "loss": "loss, nats per token"}
+METRICS = {"accuracy": "accuracy", "bits_per_byte": "bits per byte", "loss": "loss, nats per token"}
 """What models are compared in: the first that every run has."""
-REFERENCES = {"baseline": "unigram", "chance": "chance"}
+MORE_IS_BETTER = {"accuracy"}
+REFERENCES = {"baseline": "unigram", "majority": "majority class", "chance": "chance"}
 """Rows that are no model, by their key in the results, and what they are called if no run says it."""
 EXTRAS = {
     "MaxVio of a step / even load / blind": (
@@ -21,6 +22,7 @@ EXTRAS = {
         "step_max_violation_random",
     ),
     "experts a token": ("edges_per_token",),
+    "tokens nobody chose / blind": ("unserved", "unserved_random"),
     "dropped / random": ("drop_rate", "drop_rate_random"),
     "mediator gate": ("mediator_gate",),
 }
@@ -31,14 +33,21 @@ Row = dict[str, str]
 
 
 def metric_of(groups: Sequence[Group]) -> str:
-    """Return the held-out figure to compare in: bits per byte, or loss if a run has no bytes."""
+    """Return the held-out figure to compare in: accuracy of classifiers; else bits per byte, or loss if a run
+    has no bytes."""
     runs = [run for group in groups for run in group.runs]
     known = [key for key in METRICS if all(figure(run, "metrics", key) is not None for run in runs)]
     return known[0] if known else "loss"
 
 
+def better(metric: str) -> str:
+    """Return which values of a figure are better, ``more`` or ``less``."""
+    return "more" if metric in MORE_IS_BETTER else "less"
+
+
 def markdown_table(groups: Sequence[Group], baseline: str | None) -> str:
-    """Return the table: one row a group, then the unigram model and chance.
+    """Return the table: one row a group, then what is no model of this library, and chance. A table of
+    classifiers leaves out columns of which no row knows anything.
 
     Args:
         groups: What is compared.
@@ -53,14 +62,18 @@ def markdown_table(groups: Sequence[Group], baseline: str | None) -> str:
     rows = [_row(group, metric, reference, extras, rates=len(rates) > 1) for group in groups]
     rows += references(groups, metric)
     columns = list(rows[0])
+    if metric == "accuracy":
+        columns = [column for column in columns if any(row.get(column, DASH) != DASH for row in rows)]
     lines = [columns, *([row.get(column, DASH) for column in columns] for row in rows)]
     widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     header, *body = [[_pad(row, widths, place) for place in range(len(columns))] for row in lines]
     note = "±: standard deviation over seeds; held-out text, means over layers; speed in training, median."
+    if metric == "accuracy":
+        note += " Held-out is the test part, on which nothing was chosen."
     if reference is not None:
         note += f" Against {_plain(reference.label)}: mean difference at equal seeds ± its standard error"
-        note += " (number of seeds); negative is better."
+        note += f" (number of seeds); {'positive' if better(metric) == 'more' else 'negative'} is better."
     return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *body)) + f"\n{note}\n"
 
 
@@ -93,6 +106,9 @@ def _row(group: Group, metric: str, reference: Group | None, extras: Sequence[st
         row["learning rate"] = _rates(group)
     speeds = list(group.values("metrics", "tokens_per_second").values())
     row["tokens/s"] = f"{median(speeds):,.0f}" if speeds else DASH
+    seconds = group.spread("seconds")
+    if metric == "accuracy" and seconds is not None:
+        row["seconds"] = f"{seconds.mean:.0f}"
     parameters = ("params_active", "params_total")
     row["active / total parameters, M"] = _means(group, parameters, ".3f", scale=1e-6)
     flops = group.spread("flops_per_token")
@@ -108,7 +124,7 @@ def _row(group: Group, metric: str, reference: Group | None, extras: Sequence[st
 
 
 def references(groups: Sequence[Group], metric: str) -> Iterator[Row]:
-    """The rows of the unigram model and of chance; seeds may differ in what they hold out."""
+    """The rows of what is no model of this library, and of chance; seeds may differ in what they hold out."""
     runs = [run for group in groups for run in group.runs]
     for key, name in REFERENCES.items():
         by_seed = [{seed(run): figure(run, key, which) for run in runs} for which in (metric, "perplexity")]

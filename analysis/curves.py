@@ -64,6 +64,9 @@ def _panels(record: RunRecord) -> list[Callable[[Axes], None]]:
         unit = "cross-entropy, nats per token" if language else "loss"
         draws.append(partial(_loss, train=train, held_out=held_out, unit=unit))
     bits, perplexity = metric(record, "eval", "bits_per_byte"), metric(record, "eval", "perplexity")
+    accuracy = metric(record, "eval", "accuracy")
+    if len(accuracy[0]):
+        draws.append(partial(_accuracy, points=accuracy, result=record.result or {}))
     if len(bits[0]):
         draws.append(partial(_bits_per_byte, points=bits, baseline=_baseline(record, "bits_per_byte")))
     if len(perplexity[0]):
@@ -108,6 +111,19 @@ def _bits_per_byte(ax: Axes, *, points: Points, baseline: tuple[str, float] | No
         ax.axhline(value, color=style.QUIET, linestyle="--", linewidth=1.2, label=label)
     _finish(ax, "Held-out compression", "bits per byte", points[0])
     ax.legend()
+
+
+def _accuracy(ax: Axes, *, points: Points, result: dict) -> None:
+    """Accuracy on the validation part; the references are of the test part."""
+    style.line(ax, *points, color=style.ORANGE, marker="o", label=f"validation, last {points[1][-1]:.3f}")
+    for key, dashes in (("baseline", "--"), ("majority", "-."), ("chance", ":")):
+        part = result.get(key)
+        if isinstance(part, dict) and is_number(part.get("accuracy")):
+            name, value = style.plain(str(part.get("name", key)), 32), float(part["accuracy"])
+            look = {"color": style.QUIET, "linestyle": dashes, "linewidth": 1.2}
+            ax.axhline(value, label=f"{name} {value:.3f}", **look)
+    _finish(ax, "Accuracy", "share of right answers", points[0])
+    ax.legend(fontsize=7)
 
 
 def _perplexity(ax: Axes, *, points: Points) -> None:

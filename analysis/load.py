@@ -1,5 +1,7 @@
 """Expert load: which experts the tokens are routed to, at the end and over time, and what overflows."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
@@ -16,36 +18,15 @@ from graphmoe.checkpoint import RunRecord
 def expert_load(record: RunRecord) -> Figure:
     """Share of the routing edges that each expert gets, layer by layer, over the last quarter of the run."""
     share, alive, at = _final_share(record)
-    names, (layers, experts) = expert_names(record), share.shape
-    numbers = experts <= 24 and layers <= 48
-    fig = style.new_figure(
-        float(np.clip(0.52 * experts + 3.2, 5.8, 16)),
-        float(np.clip(0.42 * layers + 1.7, 2.6, 24)),
-        f"Expert load, {_when(at)}",
-    )
-    ax = fig.subplots()
-    uniform = 100 / alive.sum(1)
-    norm = Normalize(0, max(np.nanmax(share, initial=0), 1.5 * uniform.max()))
-    image = style.heatmap(
-        ax,
-        share,
-        cmap="cividis",
-        norm=norm,
-        form="{:.1f}".format if numbers else None,
-        aspect="auto",
-        fontsize=8,
-    )
-    ax.set_title(f"uniform share {_span(uniform)} %")
+    names, uniform = expert_names(record), 100 / alive.sum(1)
+    columns = {
+        "MaxVio": [f"{value:.2f}" for value in max_violation(share)],
+        "entropy": [f"{value:.3f}" for value in load_entropy(share)],
+    }
+    layers = [str(layer) for layer in range(len(share))]
+    fig, ax = draw_load(share, uniform, names, layers, columns, f"Expert load, {_when(at)}")
+    ax.set_title(f"uniform share {span(uniform)} %")
     ax.set_xlabel("expert (g: ghost, –: dormant)" if names[-1].startswith("g") else "expert")
-    ax.set_ylabel("layer")
-    style.name_ticks(ax, names, axis="x")
-    style.name_ticks(ax, [str(layer) for layer in range(layers)], axis="y")
-    if layers <= 48:
-        _beside(ax, experts - 0.5, {"MaxVio": max_violation(share), "entropy": load_entropy(share)})
-    bar = fig.colorbar(image, ax=ax, pad=0.03, label="routing edges, %")
-    bar.outline.set_visible(False)
-    for share_of_layer in set(np.round(uniform, 3)):
-        bar.ax.axhline(share_of_layer, color="white", linewidth=1.5, linestyle="--")
     return fig
 
 
@@ -112,6 +93,53 @@ def drop_rate(record: RunRecord) -> Figure:
     return fig
 
 
+def draw_load(
+    share: np.ndarray,
+    uniform: np.ndarray,
+    names: Sequence[str],
+    layers: Sequence[str],
+    columns: Mapping[str, Sequence[str]],
+    title: str,
+    *,
+    idle: str = "0.0",
+) -> tuple[Figure, Axes]:
+    """Draw loads as a heatmap, a row a layer, with columns of text beside it.
+
+    Args:
+        share: Edges of each expert, per cent, ``[L, E]``, NaN where there is no live expert.
+        uniform: Share of each expert of an even load, ``[L]``; marked on the colour scale.
+        names: Names of the experts.
+        layers: Names of the layers.
+        columns: Texts beside the rows, by their heading; of more than 48 layers none are shown.
+        title: Title of the figure.
+        idle: What marks an expert without any edge.
+
+    Returns:
+        The figure and the axes of the heatmap.
+    """
+    rows, experts = share.shape
+    numbers, beside = experts <= 24 and rows <= 48, columns if rows <= 48 else {}
+    width = 0.52 * experts if numbers else 0.2 * experts
+    fig = style.new_figure(
+        float(np.clip(width + 2.1 + sum(map(_column_width, beside.items())) / 72, 5.8, 16)),
+        float(np.clip(0.42 * rows + 1.7, 2.6, 24)),
+        title,
+    )
+    ax = fig.subplots()
+    norm = Normalize(0, max(np.nanmax(share, initial=0), 1.5 * uniform.max()))
+    form = (lambda value: f"{value:.1f}" if value else idle) if numbers else None
+    image = style.heatmap(ax, share, cmap="cividis", norm=norm, form=form, aspect="auto", fontsize=8)
+    ax.set_ylabel("layer")
+    style.name_ticks(ax, names, axis="x")
+    style.name_ticks(ax, layers, axis="y")
+    _beside(ax, experts - 0.5, beside)
+    bar = fig.colorbar(image, ax=ax, pad=0.03, label="routing edges, %")
+    bar.outline.set_visible(False)
+    for share_of_layer in set(np.round(uniform, 3)):
+        bar.ax.axhline(share_of_layer, color="white", linewidth=1.5, linestyle="--")
+    return fig, ax
+
+
 def max_violation(share: np.ndarray) -> np.ndarray:
     """Return MaxVio, ``max / mean - 1`` over the live experts of each layer, ``[L]``: 0 is perfect balance.
 
@@ -154,14 +182,19 @@ def _final_share(record: RunRecord) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return np.where(alive, 100 * load[-window:].mean(0), np.nan), alive, at[-window:]
 
 
-def _beside(ax: Axes, x: float, columns: dict[str, np.ndarray]) -> None:
-    """Write columns of numbers, one a layer, to the right of a heatmap that ends at ``x``."""
-    look = {"textcoords": "offset points", "annotation_clip": False, "fontsize": 8}
-    for index, (name, values) in enumerate(columns.items()):
-        offset, places = 8 + 44 * index, 2 + index
+def _beside(ax: Axes, x: float, columns: Mapping[str, Sequence[str]]) -> None:
+    """Write columns of text, a line a layer, to the right of a heatmap that ends at ``x``."""
+    look, offset = {"textcoords": "offset points", "annotation_clip": False, "fontsize": 8}, 8.0
+    for name, texts in columns.items():
         ax.annotate(name, (x, -0.5), xytext=(offset, 6), color=style.QUIET, **look)
-        for layer, value in enumerate(values):
-            ax.annotate(f"{value:.{places}f}", (x, layer), xytext=(offset, 0), va="center", **look)
+        for layer, text in enumerate(texts):
+            ax.annotate(text, (x, layer), xytext=(offset, 0), va="center", **look)
+        offset += _column_width((name, texts))
+
+
+def _column_width(column: tuple[str, Sequence[str]]) -> float:
+    """Points that a column of text takes, its heading included."""
+    return 4.6 * max(map(len, [column[0], *column[1]])) + 16
 
 
 def _colours(names: list[str]) -> list[str]:
@@ -181,7 +214,7 @@ def _legend(fig: Figure, experts: list[tuple[str, str]]) -> None:
     fig.legend(handles=handles, loc="outside right upper", title=title, title_fontsize=8.5)
 
 
-def _span(values: np.ndarray) -> str:
+def span(values: np.ndarray) -> str:
     """``12.5``, or ``10.0 to 12.5`` where layers differ."""
     low, high = f"{values.min():.1f}", f"{values.max():.1f}"
     return low if low == high else f"{low} to {high}"

@@ -53,7 +53,25 @@ FINAL = {
 }
 """Axes of what was measured once, on held-out text after training; recorded as ``final_<name>``."""
 INFERENCE = ("final_inference_steps", "final_inference_rounds", "final_inference_trained")
-COUNTS = ("step", "ghost_phase", "incidence", *INFERENCE)
+ROUTED = {
+    "routed_layer": "L",
+    "routed_sequence": "N",
+    "routed_degree": "NL",
+    "routed_first": "NL",
+    "routed_first_weight": "NL",
+    "routed_entropy": "NL",
+    "routed_load": "LE",
+    "routed_max_violation_random": "L",
+    "routed_dead_random": "L",
+    "routed_graph_layer": "P",
+    "routed_coactivation": "PEE",
+    "routed_coactivation_random": "PEE",
+}
+"""Axes of what one traced pass has shown: N tokens, P layers whose experts are compared pair by pair."""
+COUNTS = (
+    *("step", "ghost_phase", "incidence", *INFERENCE),
+    *("routed_layer", "routed_sequence", "routed_degree", "routed_first", "routed_graph_layer"),
+)
 """What is recorded in integers."""
 
 

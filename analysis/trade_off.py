@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from analysis import style
 from analysis.comparison_figure import group_look, label_lines
-from analysis.comparison_table import METRICS, metric_of, references
+from analysis.comparison_table import METRICS, better, metric_of, references
 from analysis.groups import Group, Spread
 from analysis.labels import Label, place_labels
 
@@ -30,12 +30,14 @@ class Point(NamedTuple):
         index: Place of the group in the comparison.
         flops: FLOPs of a token's forward pass, mean over runs.
         quality: The held-out figure.
+        sign: 1 where less of it is better, -1 where more is.
     """
 
     group: Group
     index: int
     flops: float
     quality: Spread
+    sign: int = 1
 
     @property
     def is_baseline(self) -> bool:
@@ -48,19 +50,19 @@ class Point(NamedTuple):
 
 def points_of(groups: Sequence[Group]) -> list[Point]:
     """Return the groups that know both what they cost and what they reach."""
-    found = []
+    found, metric = [], metric_of(groups)
     for index, group in enumerate(groups):
-        flops, quality = group.spread("flops_per_token"), group.spread("metrics", metric_of(groups))
+        flops, quality = group.spread("flops_per_token"), group.spread("metrics", metric)
         if flops is not None and flops.mean > 0 and quality is not None:
-            found.append(Point(group, index, flops.mean, quality))
+            found.append(Point(group, index, flops.mean, quality, -1 if better(metric) == "more" else 1))
     return found
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
     """Return the points that no other one beats at the same or a lower cost, cheapest first."""
     best: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.flops, point.quality.mean)):
-        if not best or point.quality.mean < best[-1].quality.mean:
+    for point in sorted(points, key=lambda point: (point.flops, point.sign * point.quality.mean)):
+        if not best or point.sign * point.quality.mean < best[-1].sign * best[-1].quality.mean:
             best.append(point)
     return best
 
@@ -80,7 +82,7 @@ def trade_off(groups: Sequence[Group]) -> Figure:
         _draw(ax, point, numbered=numbered)
     steps = _steps(frontier(points))
     ax.plot(*zip(*steps, strict=True), color=style.QUIET, linewidth=1.0, alpha=0.6, zorder=1, scalex=False)
-    _axes(ax, points, f"held-out {METRICS[metric]}")
+    _axes(ax, points, f"held-out {METRICS[metric]} ({better(metric)} is better)")
     if numbered:
         fig.legend(loc="outside right upper", fontsize=7.5, handlelength=1.0)
     note = [f"{row['name']} {row[f'held-out {METRICS[metric]}']}" for row in references(groups, metric)]
@@ -120,7 +122,7 @@ def _axes(ax: Axes, points: Sequence[Point], quality: str) -> None:
     """A logarithmic axis of cost with plain numbers, and room for the labels."""
     ax.set_xscale("log")
     ax.set_xlabel("FLOPs per token in a forward pass, millions (fewer is cheaper)")
-    ax.set_ylabel(f"{quality} (less is better)")
+    ax.set_ylabel(quality)
     flops = np.array([point.flops for point in points] or [1e6])
     slack = max((flops.max() / flops.min()) ** 0.12, 1.08)
     ax.set_xlim(flops.min() / slack, flops.max() * slack)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-NAMES = ("moe_layer", "coupling", "collaboration", "language_model")
+NAMES = ("moe_layer", "hf_experts", "coupling", "collaboration", "language_model")
 
 
 def main(argv: list[str] | None = None) -> int:

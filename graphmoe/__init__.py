@@ -28,6 +28,7 @@ _HOMES = {
         "edge_form",
     ),
     "graphmoe.models": ("GraphMoEConfig", "GraphMoEForCausalLM", "GraphMoEModel", "load"),
+    "graphmoe.integrations.upcycling": ("upcycle",),
     "graphmoe.tracing": ("trace",),
     "graphmoe.viz": ("visualize",),
     "graphmoe.errors": ("GraphMoEError",),

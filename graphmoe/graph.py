@@ -10,6 +10,7 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
+from torch_geometric import EdgeIndex
 from torch_geometric.data import HeteroData
 from torch_geometric.typing import Adj
 from torch_geometric.utils import is_sparse, to_edge_index
@@ -41,12 +42,76 @@ def causal(batch_size: int, length: int, *, past: int = 0, device: torch.device 
     return dense_to_edges(allowed.expand(batch_size, length, total))
 
 
-def to_edges(adj: Adj) -> Tensor:
-    """``edge_index [2, M]`` of any adjacency PyG accepts; a sparse matrix is a transposed one."""
-    if not is_sparse(adj):
-        return adj
-    target, source = to_edge_index(adj)[0]
-    return torch.stack([source, target])
+def to_edges(adj: Adj, num_nodes: int | tuple[int, int | None] | None = None) -> Tensor:
+    """``edge_index [2, M]`` of any adjacency PyG accepts.
+
+    Args:
+        adj: ``edge_index [2, M]``, an :class:`~torch_geometric.EdgeIndex` in any order, or a sparse matrix
+            ``adj_t [targets, sources]``, the transposed one as everywhere in PyG: torch's COO, CSR or CSC, or
+            ``torch_sparse.SparseTensor``.
+        num_nodes: Number of nodes, or ``(sources, targets)`` with ``None`` for as many targets as there are:
+            check the ids. Only where this waits for no device and breaks no compiled graph: on the CPU and
+            in eager mode.
+
+    Returns:
+        int64 ``[2, M]`` (source, target); the edges of a sparse matrix in its own order.
+
+    Raises:
+        GraphError: Not an adjacency, a matrix of another size, or an id out of range.
+    """
+    return weighted_edges(adj, None, num_nodes)[0]
+
+
+def weighted_edges(
+    adj: Adj, edge_weight: Tensor | None, num_nodes: int | tuple[int, int | None] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`to_edges`, and weights ``[M]``: the values of a sparse matrix if none are given."""
+    sizes = num_nodes if isinstance(num_nodes, tuple) else (num_nodes, num_nodes)
+    if is_sparse(adj):
+        (target, source), values = to_edge_index(adj)
+        found = (adj.size(1), adj.size(0))
+        if num_nodes is not None and any(
+            size not in (None, has) for size, has in zip(sizes, found, strict=True)
+        ):
+            expected, got = f"{list(sizes[::-1])} (targets, sources)", list(found[::-1])
+            raise GraphError("sparse matrix of another size", "adj_t", expected, got)
+        return torch.stack([source, target]), values if edge_weight is None else edge_weight
+    if isinstance(adj, EdgeIndex):
+        adj = adj.as_tensor()
+    if torch.compiler.is_compiling():
+        return adj, edge_weight
+    if not isinstance(adj, Tensor) or adj.dim() != 2 or adj.size(0) != 2:
+        made_by = "from_networkx, from_scipy_sparse_matrix or dense_to_sparse of torch_geometric.utils"
+        expected = f"a tensor [2, M], as {made_by} make it, or a sparse adj_t"
+        got = tuple(adj.shape) if isinstance(adj, Tensor) else type(adj).__name__
+        raise GraphError("not an edge list", "edge_index", expected, got)
+    checked = num_nodes is not None and adj.device.type == "cpu"
+    return validate(adj, sizes if checked else None).long(), edge_weight
+
+
+def both_ends(x: Tensor | tuple[Tensor, Tensor | None], name: str = "x") -> tuple[Tensor, Tensor]:
+    """Features of the sources and of the targets of messages: a pair, or twice those of all nodes.
+
+    Raises:
+        GraphError: A pair without features of the targets.
+    """
+    if isinstance(x, Tensor):
+        return x, x
+    if len(x) != 2 or not all(isinstance(part, Tensor) for part in x):
+        got = tuple(type(part).__name__ for part in x)
+        raise GraphError("a pair needs features of sources and of targets", name, "(x_src, x_dst)", got)
+    return x[0], x[1]
+
+
+def one_end(x: Tensor, why: str) -> Tensor:
+    """Features of nodes, where there is no place for a pair of sources and targets.
+
+    Raises:
+        GraphError: Something else, such as the pair of a bipartite graph.
+    """
+    if not isinstance(x, Tensor):
+        raise GraphError(why, "x", "features of nodes of one type, a tensor", type(x).__name__)
+    return x
 
 
 def dense_to_edges(allowed: Tensor) -> Tensor:
@@ -136,7 +201,7 @@ def _is_integer(value: object) -> bool:
 
 def validate(
     edge_index: Tensor,
-    num_nodes: int | tuple[int, int],
+    num_nodes: int | tuple[int | None, int | None] | None,
     *,
     name: str = "edge_index",
     sorted_by_target: bool = False,
@@ -145,7 +210,8 @@ def validate(
 
     Args:
         edge_index: ``[2, M]``, integer.
-        num_nodes: Number of nodes, or ``(sources, targets)`` of a bipartite graph.
+        num_nodes: Number of nodes, or ``(sources, targets)`` of a bipartite graph; ``None`` for one that any
+            id from 0 on fits. As a whole ``None`` leaves the ids unread.
         name: What the error calls it.
         sorted_by_target: Require targets in ascending order.
 
@@ -157,14 +223,16 @@ def validate(
         raise GraphError("not an edge list", name, "a tensor [2, M]", got)
     if edge_index.dtype not in (torch.int64, torch.int32):
         raise GraphError("node ids must be integers", name, "int64", str(edge_index.dtype))
-    sizes = (num_nodes, num_nodes) if isinstance(num_nodes, int) else tuple(num_nodes)
     if edge_index.numel() == 0:
         return edge_index
-    low, high = edge_index.min(dim=1).values.tolist(), edge_index.max(dim=1).values.tolist()
-    for row, role in enumerate(("source", "target")):
-        if low[row] < 0 or high[row] >= sizes[row]:
-            bad = low[row] if low[row] < 0 else high[row]
-            raise GraphError(f"{role} id out of range", name, f"ids in [0, {sizes[row]})", bad)
+    if num_nodes is None:
+        return edge_index
+    sizes = num_nodes if isinstance(num_nodes, tuple) else (num_nodes, num_nodes)
+    for ids, role, size in zip(edge_index, ("source", "target"), sizes, strict=True):
+        low, high = (int(value) for value in ids.aminmax())
+        if low < 0 or (size is not None and high >= size):
+            expected = "ids from 0 on" if size is None else f"ids in [0, {size})"
+            raise GraphError(f"{role} id out of range", name, expected, low if low < 0 else high)
     if sorted_by_target and bool((edge_index[1].diff() < 0).any()):
         raise GraphError("targets are not in ascending order", name, "edges sorted by target")
     return edge_index

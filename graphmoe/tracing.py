@@ -1,99 +1,208 @@
 """A forward pass as the typed graph."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
-from graphmoe.errors import ConfigError
+from graphmoe.errors import ConfigError, GraphError
 from graphmoe.graph import to_hetero
+from graphmoe.integrations import hf_trace
 from graphmoe.nn import AttendConv, MoELayer, edge_form, moe_layers
 from graphmoe.nn.rows import attention_of_experts
 from graphmoe.typing import ATTENDS, COUPLES, EXPERT, ROUTES, TOKEN, Record
 
 
-@torch.no_grad()
-def trace(model: nn.Module, **inputs: Tensor) -> HeteroData:
-    r"""Run ``model`` once, in eval mode and edge by edge, and return what passed between its nodes.
+class _Edges(NamedTuple):
+    """Edges of one type in one layer: ``edge_index [2, M]``, ``weight [M]``, number of the layer."""
 
-    Nodes: ``token`` (position ``b * T + t``) and ``expert`` (``layer * E + e``, attributes ``layer``,
-    ``index`` and ``level``). Edges, each with ``weight`` and ``layer``: ``token attends token``
-    (attention, mean over heads), ``token routes expert`` (routing weight) and ``expert couples
-    expert``: the part of a coupling's strength that is the same for all tokens, or of collaborating experts
-    the attention of one to another, mean over the tokens that have both, heads and rounds (mediators are no
-    nodes of it).
+    edge_index: Tensor
+    weight: Tensor
+    layer: int
+
+
+def trace(model: nn.Module, *, attention: bool | None = None, **inputs: Tensor) -> HeteroData:
+    r"""Run ``model`` once, in eval mode and without gradients, and return what passed between its nodes.
+
+    Nodes: ``token`` (position ``b * T + t``; attributes ``batch``, the sequence ``b``, ``present``, false for
+    padding, and ``input_ids`` if they were given) and ``expert`` (those of the first MoE layer, then those of
+    the next: ``layer * E + e`` where every layer has ``E``; attributes ``layer``, ``index`` and ``level``).
+    Edges, each with ``weight`` and ``layer``: ``token routes expert`` (routing weight), ``token attends
+    token`` (attention, mean over heads) and of experts that are coupled ``expert couples expert``: the part
+    of a coupling's strength that is the same for all tokens, or of collaborating experts the attention of one
+    to another, mean over the tokens that have both, heads and rounds (mediators are no nodes of it).
+
+    Of transformers' models (Mixtral, Qwen MoE, OLMoE, DeepSeek, GPT-OSS and every other whose experts are
+    dispatched by its ``use_experts_implementation``) the edges are those that the experts were given: after
+    grouping, balancing biases, normalisation and scaling. ``layer`` is the number of the decoder layer,
+    dense ones included. Shared experts serve every token and are no nodes. Where a model is spread over
+    processes by expert parallelism, each sees the experts it holds.
+
+    Padding (``attention_mask [B, T]``) has no routing edges, and no attention in transformers' models.
 
     Args:
-        model: A language model of this library.
-        **inputs: What its forward takes, such as ``input_ids [B, T]``.
+        model: A model of this library, or one of transformers with MoE layers.
+        attention: Trace attention, too, which takes memory for ``T * T`` edges a sequence and layer.
+            Default: for models of this library, which then run edge by edge; of transformers' only if
+            asked for, with the eager implementation for this pass.
+        **inputs: What its forward takes, such as ``input_ids [B, T]``, on the devices where it takes them.
 
     Raises:
-        ConfigError: The model has no MoE layer of this library.
+        ConfigError: The model has no MoE layer that can be traced, neither ``input_ids`` nor
+            ``inputs_embeds`` is given to a model of transformers, or its attention cannot be had.
     """
     layers = moe_layers(model)
-    if not layers:
-        raise ConfigError("nothing to trace", "model", "a model with MoELayers", type(model).__name__)
-    attention: list[tuple[Tensor, Tensor]] = []
-    hooks = []
-    for conv in model.modules():
-        if isinstance(conv, AttendConv):
-            hooks.append(conv.register_propagate_forward_pre_hook(_keep_attention(attention)))
-    training, tracked = model.training, [layer.track_attention for layer in layers]
+    if not layers and not hf_trace.expert_modules(model):
+        expected = "a model with MoELayers or with experts that transformers dispatches"
+        raise ConfigError("nothing to trace", "model", expected, type(model).__name__)
+    with _in_eval_mode(model), torch.no_grad():
+        if layers:
+            return _trace_own(model, layers, inputs, attention=attention is not False)
+        return _trace_transformers(model, inputs, attention=bool(attention))
+
+
+def coactivation(data: HeteroData) -> dict[int, Tensor]:
+    """How often experts serve the same token in a traced pass, layer by layer.
+
+    Compare with :func:`graphmoe.metrics.random_coactivation` of the diagonal.
+
+    Args:
+        data: What :func:`trace` returned.
+
+    Returns:
+        ``[E, E]`` float64 by number of the layer, symmetric, in [0, 1]: the share of the tokens with an
+        edge in this layer that both serve; on the diagonal that one expert serves.
+
+    Raises:
+        GraphError: ``data`` has no edge type ``token routes expert``.
+    """
+    if ROUTES not in data.edge_types:
+        raise GraphError(
+            "not a traced pass", "data", "__".join(ROUTES), ["__".join(e) for e in data.edge_types]
+        )
+    (token, expert), layer_of = data[ROUTES].edge_index, data[EXPERT].layer
+    shares = {}
+    for layer in layer_of.unique().tolist():
+        nodes, mine = (layer_of == layer).nonzero().flatten(), data[ROUTES].layer == layer
+        serves = torch.zeros(data[TOKEN].num_nodes, nodes.numel(), dtype=torch.float64)
+        serves[token[mine], torch.searchsorted(nodes, expert[mine])] = 1
+        shares[layer] = serves.t() @ serves / serves.any(dim=1).sum().clamp(min=1)
+    return shares
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the context all of ``model`` is in eval mode; then every module is as before."""
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
-    for layer in layers:
-        layer.track_attention = True
     try:
-        with edge_form(model):
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _tokens(inputs: dict[str, Tensor]) -> tuple[int | None, dict[str, Tensor]]:
+    """Number of tokens of a pass, ``None`` if its inputs do not tell, and their attributes, each ``[N]``."""
+    ids, embeds, mask = (inputs.get(key) for key in ("input_ids", "inputs_embeds", "attention_mask"))
+    given = embeds if ids is None else ids
+    if not isinstance(given, Tensor) or given.dim() < 2:
+        return None, {}
+    sequences, steps = given.shape[:2]
+    present = torch.ones(sequences, steps, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        present = mask[:, -steps:].bool().cpu()  # a mask may begin with the tokens of a cache
+    batch = torch.arange(sequences).repeat_interleave(steps)
+    attributes = {"batch": batch, "present": present.reshape(-1)}
+    return sequences * steps, attributes | ({} if ids is None else {"input_ids": ids.reshape(-1).cpu()})
+
+
+# Models of transformers ------------------------------------------------------------------------
+
+
+def _trace_transformers(model: nn.Module, inputs: dict[str, Tensor], *, attention: bool) -> HeteroData:
+    num_tokens, tokens = _tokens(inputs)
+    if num_tokens is None:
+        what, expected = "there are no tokens to trace", "a tensor [B, T] or [B, T, D]"
+        raise ConfigError(what, "input_ids or inputs_embeds", expected, sorted(inputs))
+    found = hf_trace.run(model, inputs, num_tokens, attention=attention)
+    routes, attends, first = [], [], 0
+    for layer, num_experts, index, weight in found.served:
+        # transformers routes padding as well, and marks experts of other processes by an id of E or more.
+        live = (index >= 0) & (index < num_experts) & tokens["present"].unsqueeze(1)  # [N, k]
+        edges = torch.stack([live.nonzero()[:, 0], index[live] + first])
+        routes.append(_Edges(edges, weight[live], layer))
+        first += num_experts
+    for layer, weights in enumerate(found.attention or ()):
+        attends.append(_attends(weights, tokens["present"], layer))
+    nodes = _experts([(served.layer, served.num_experts) for served in found.served])
+    nodes["level"] = torch.ones(first)
+    return _assemble(num_tokens, tokens, nodes, {ATTENDS: attends, ROUTES: routes})
+
+
+def _attends(weights: Tensor, present: Tensor, layer: int) -> _Edges:
+    """Attention ``[B, T, S]`` as edges between the tokens of the pass, the last ``T`` keys."""
+    steps = weights.size(1)
+    weights, present = weights[..., -steps:], present.view(-1, steps)
+    sequence, query, key = (
+        (weights > 0) & present.unsqueeze(1) & present.unsqueeze(2)
+    ).nonzero(as_tuple=True)  # fmt: skip
+    edges = torch.stack([sequence * steps + key, sequence * steps + query])
+    return _Edges(edges, weights[sequence, query, key], layer)
+
+
+# Models of this library ------------------------------------------------------------------------
+
+
+def _trace_own(
+    model: nn.Module, layers: list[MoELayer], inputs: dict[str, Tensor], *, attention: bool
+) -> HeteroData:
+    attends: list[_Edges] = []
+    hooks, tracked = [], [layer.track_attention for layer in layers]
+    try:
+        for conv in model.modules() if attention else ():
+            if isinstance(conv, AttendConv):
+                hooks.append(conv.register_propagate_forward_pre_hook(_keep_attention(attends)))
+        for layer in layers:
+            layer.track_attention = True
+        with edge_form(model) if attention else nullcontext():
             records = model(**inputs, output_records=True, use_cache=False).records
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
         for layer, before in zip(layers, tracked, strict=True):
             layer.track_attention = before
-    return _assemble(layers, records, attention)
-
-
-def _keep_attention(kept: list[tuple[Tensor, Tensor]]):
-    def hook(conv: AttendConv, inputs: tuple) -> None:
-        edge_index, _, arguments = inputs
-        kept.append((edge_index.cpu(), arguments["alpha"].mean(dim=-1).cpu()))
-
-    return hook
-
-
-def _assemble(
-    layers: list[MoELayer], records: tuple[Record, ...], attention: list[tuple[Tensor, Tensor]]
-) -> HeteroData:
-    num_tokens, num_experts = records[0].routing.logits.shape
-    routes, couples = [], []
+    routes, couples, first = [], [], 0
     for index, (layer, record) in enumerate(zip(layers, records, strict=True)):
         live = int(record.routing.ptr[-1])  # rows behind it are absent edges
-        target = record.routing.expert[:live] + index * num_experts
-        edges = torch.stack([record.routing.token[:live], target])
-        routes.append((edges.cpu(), record.routing.weight[:live].float().cpu()))
+        edges = torch.stack([record.routing.token[:live], record.routing.expert[:live] + first])
+        routes.append(_Edges(edges.cpu(), record.routing.weight[:live].float().cpu(), index))
         strength = _strength(layer, record)
         if strength is not None:
             to, source = (strength > 0).nonzero(as_tuple=True)
-            edges = torch.stack([source, to]) + index * num_experts
-            couples.append((edges.cpu(), strength[to, source].float().cpu()))
-    edges, attributes = {}, {}
-    for edge_type, passes in ((ATTENDS, attention), (ROUTES, routes), (COUPLES, couples)):
-        if passes:
-            edges[edge_type] = torch.cat([e for e, _ in passes], dim=1)
-            attributes[edge_type] = {
-                "weight": torch.cat([w for _, w in passes]),
-                "layer": torch.arange(len(passes)).repeat_interleave(
-                    torch.tensor([e.size(1) for e, _ in passes])
-                ),
-            }
-    count = len(layers) * num_experts
-    levels = [torch.ones(num_experts) if layer.ghosts is None else layer.ghosts().cpu() for layer in layers]
-    nodes = {
-        "layer": torch.arange(len(layers)).repeat_interleave(num_experts),
-        "index": torch.arange(num_experts).repeat(len(layers)),
-        "level": torch.cat(levels),
-    }
-    return to_hetero({TOKEN: num_tokens, EXPERT: count}, edges, attributes, {EXPERT: nodes})
+            edges = torch.stack([source, to]) + first
+            couples.append(_Edges(edges.cpu(), strength[to, source].float().cpu(), index))
+        first += record.routing.num_experts
+    nodes = _experts([(index, record.routing.num_experts) for index, record in enumerate(records)])
+    awake = [
+        torch.ones(layer.num_experts) if layer.ghosts is None else layer.ghosts().cpu() for layer in layers
+    ]
+    nodes["level"] = torch.cat(awake)
+    num_tokens = records[0].routing.logits.size(0)
+    return _assemble(
+        num_tokens, _tokens(inputs)[1], nodes, {ATTENDS: attends, ROUTES: routes, COUPLES: couples}
+    )
+
+
+def _keep_attention(kept: list[_Edges]):
+    def hook(conv: AttendConv, inputs: tuple) -> None:
+        edge_index, _, arguments = inputs
+        kept.append(_Edges(edge_index.cpu(), arguments["alpha"].mean(dim=-1).cpu(), len(kept)))
+
+    return hook
 
 
 def _strength(layer: MoELayer, record: Record) -> Tensor | None:
@@ -103,3 +212,34 @@ def _strength(layer: MoELayer, record: Record) -> Tensor | None:
     heard, met, _ = attention_of_experts(record)
     experts = slice(record.routing.num_experts)
     return (heard / met.clamp(min=1))[experts, experts]
+
+
+# The graph -------------------------------------------------------------------------------------
+
+
+def _experts(layers: list[tuple[int, int]]) -> dict[str, Tensor]:
+    """Attributes of the expert nodes, given number and experts of each MoE layer."""
+    number, count = torch.tensor(layers).unbind(dim=1)
+    return {
+        "layer": number.repeat_interleave(count),
+        "index": torch.cat([torch.arange(experts) for experts in count.tolist()]),
+    }
+
+
+def _assemble(
+    num_tokens: int,
+    tokens: dict[str, Tensor],
+    experts: dict[str, Tensor],
+    passes: dict[tuple[str, str, str], list[_Edges]],
+) -> HeteroData:
+    edges, attributes = {}, {}
+    for edge_type, layers in passes.items():
+        if layers:
+            edges[edge_type] = torch.cat([layer.edge_index for layer in layers], dim=1)
+            sizes = torch.tensor([layer.edge_index.size(1) for layer in layers])
+            attributes[edge_type] = {
+                "weight": torch.cat([layer.weight for layer in layers]),
+                "layer": torch.tensor([layer.layer for layer in layers]).repeat_interleave(sizes),
+            }
+    counts = {TOKEN: num_tokens, EXPERT: experts["index"].numel()}
+    return to_hetero(counts, edges, attributes, {TOKEN: tokens, EXPERT: experts})

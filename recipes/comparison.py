@@ -1,35 +1,81 @@
-"""Several language models on the same data: equal cost, equal tuning, seeds, one table."""
+"""Several models on the same data: equal cost, equal tuning, seeds, one table."""
 
 import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from analysis.compare import compare
 from graphmoe import checkpoint
-from graphmoe.data import Corpus
 from graphmoe.errors import CheckpointError, ConfigError
 from graphmoe.models.cost import forward_flops
-from graphmoe.train.config import changed, from_run, open_run, to_yaml
+from graphmoe.train.config import RunConfig, changed, from_run, open_run, to_yaml
 from graphmoe.train.ranks import launched_processes
 from recipes import language_model
-from recipes.language_model_config import LanguageModelConfig, build_model
+from recipes.language_model_config import build_model
 from recipes.reporting import say
 
 TUNING = "tuning.json"
-Arms = Mapping[str, LanguageModelConfig]
+Arms = Mapping[str, RunConfig]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the models of a comparison do; data is whatever ``read`` returns, with ``describe()``.
+
+    Attributes:
+        read: ``config -> data``.
+        divide: ``(data, tuning) -> parts``: what training gets, where ``tuning`` says whether some of the
+            data has to be kept for choosing learning rates.
+        train: ``(config, recipe, parts) -> result``, what stands in ``result.json``. If ``tuning`` was true,
+            the least ``result["validation"]["loss"]`` chooses the learning rate.
+        cost: ``(config, data, equal) -> int``: what a token costs, in ``parameters`` or ``flops``.
+        metric: The headline metric of a result.
+        references: Parts of a result that are the same for all models.
+    """
+
+    read: Callable[[RunConfig], Any]
+    divide: Callable[[Any, bool], Any]
+    train: Callable[[RunConfig, str, Any], dict]
+    cost: Callable[[RunConfig, Any, str], int]
+    metric: str = "loss"
+    references: tuple[str, ...] = ("baseline", "chance")
+
+
+def _train_language_model(config: RunConfig, recipe: str, parts: tuple) -> dict:
+    choose, score = parts
+    return language_model.train(config, recipe, corpus=score, validation=choose, pictures=False)
+
+
+def _language_cost(config: RunConfig, corpus: Any, equal: str) -> int:
+    with torch.device("meta"):  # sizes without numbers
+        model = build_model(config, corpus)
+    return model.num_active_parameters() if equal == "parameters" else forward_flops(model, config.seq_len)
+
+
+LANGUAGE = Task(
+    read=language_model.read_corpus,
+    # One half of the held-out text chooses the learning rate; every result is on the other.
+    divide=lambda corpus, tuning: corpus.split_held_out() if tuning else (None, corpus),
+    train=_train_language_model,
+    cost=_language_cost,
+)
+"""Predict the next token of a text."""
 
 
 def study(
-    config: LanguageModelConfig,
+    config: RunConfig,
     recipe: str,
     reference: str,
-    arms_of: Callable[[Corpus], Arms],
+    arms_of: Callable[[Any], Arms],
     *,
     trained_as: str = "coupled_lm",
+    task: Task = LANGUAGE,
+    headline: str | None = None,
 ) -> None:
     """Train what is missing of a comparison and report it; with ``--evaluate`` report what is finished.
 
@@ -37,14 +83,17 @@ def study(
         config: The flags of the comparison, with ``num_seeds`` and ``learning_rates``.
         recipe: Its name.
         reference: The arm that the others are compared with.
-        arms_of: The arms, by name, on a corpus; called before anything is written.
+        arms_of: The arms, by name, on the data; called before anything is written.
         trained_as: The recipe that the runs carry.
+        task: What the models do.
+        headline: The arm whose mean metric ``result.json`` also has under the name of the metric, beside the
+            sizes of its first run.
 
     Raises:
         ConfigError: Under a launcher of several processes.
     """
     if config.evaluate is not None:
-        report(config.evaluate, recipe, reference)
+        report(config.evaluate, recipe, reference, task=task, headline=headline)
         return
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
@@ -52,38 +101,41 @@ def study(
         what = "a comparison trains its models one after another in one process"
         raise ConfigError(what, "torchrun", "no launcher", f"{launched_processes()} processes")
     open_run(config, dry=True)
-    corpus = language_model.read_corpus(config)
-    say(f"corpus: {corpus.describe()}")
-    arms = arms_of(corpus)
+    data = task.read(config)
+    say(f"data: {data.describe()}")
+    arms = arms_of(data)
     run_dir = open_run(config)
     with checkpoint.RunLock(run_dir):
         checkpoint.atomic_write_bytes(run_dir / "config.yaml", to_yaml(config, recipe))
         seeds = range(config.seed, config.seed + config.num_seeds)
         rates = config.learning_rates
-        tune_and_train(arms, run_dir, corpus, rates=rates, seeds=seeds, recipe=trained_as)
-        report(run_dir, recipe, reference)
+        tune_and_train(arms, run_dir, data, rates=rates, seeds=seeds, recipe=trained_as, task=task)
+        report(run_dir, recipe, reference, task=task, headline=headline)
 
 
-def match_cost(arms: Arms, reference: str, corpus: Corpus, *, equal: str) -> dict[str, LanguageModelConfig]:
+def match_cost(
+    arms: Arms, reference: str, data: Any, *, equal: str, task: Task = LANGUAGE
+) -> dict[str, RunConfig]:
     """Give the experts of every arm the width at which its cost is nearest the reference's.
 
     Args:
         arms: Configs by name.
         reference: The arm whose width stays.
-        corpus: Sets the vocabulary.
+        data: Sets the vocabulary.
         equal: ``parameters`` (active ones) or ``flops`` (of a forward pass, per token).
+        task: Knows what a model costs.
 
     Raises:
         ConfigError: If no width brings an arm within 1 % of the reference.
     """
-    aim = _cost(arms[reference], corpus, equal)
+    aim = task.cost(arms[reference], data, equal)
     matched = {}
     for name, config in arms.items():
         # Both costs are linear in the width of the experts.
-        low, high = (_cost(_with_width(config, width), corpus, equal) for width in (8, 16))
+        low, high = (task.cost(_with_width(config, width), data, equal) for width in (8, 16))
         width = config.expert_dim if name == reference else max(1, 8 + round((aim - low) * 8 / (high - low)))
         matched[name] = _with_width(config, width)
-        cost = _cost(matched[name], corpus, equal)
+        cost = task.cost(matched[name], data, equal)
         if abs(cost / aim - 1) > 0.01:
             what = f"no width of the experts gives {name} as many {equal} as {reference}"
             raise ConfigError(what, "--expert_dim", f"{aim:,} within 1 %", f"{cost:,}")
@@ -95,30 +147,32 @@ def match_cost(arms: Arms, reference: str, corpus: Corpus, *, equal: str) -> dic
 def tune_and_train(
     arms: Arms,
     run_dir: Path,
-    corpus: Corpus,
+    data: Any,
     *,
     rates: Sequence[float],
     seeds: Sequence[int],
     recipe: str = "coupled_lm",
+    task: Task = LANGUAGE,
 ) -> None:
     """Train every arm with every learning rate on the first seed, and with its best one on the others.
 
     Runs that are finished are kept, one that was stopped goes on. All arms have one seed before any has
-    two. One half of the held-out text chooses the learning rate; every result is on the other. With a
-    single rate there is nothing to choose, and results are on all of it.
+    two. What chooses the learning rate is never what results are on. With a single rate there is nothing to
+    choose.
 
     Args:
         arms: Configs by name.
         run_dir: Where the runs go.
-        corpus: What they are trained and scored on.
+        data: What they are trained and scored on.
         rates: Learning rates to choose from.
         seeds: Seeds of every arm.
         recipe: The recipe that the runs belong to, whose command evaluates and resumes them.
+        task: What the models do.
     """
-    choose, score = corpus.split_held_out() if len(rates) > 1 else (None, corpus)
+    tuning = len(rates) > 1
     total = len(arms) * (len(rates) + len(seeds) - 1)
-    study = _Study(run_dir, recipe, score, choose, total)
-    if choose is None:
+    study = _Study(run_dir, recipe, task, task.divide(data, tuning), total)
+    if not tuning:
         _keep_rates(run_dir, {name: {} for name in arms}, dict.fromkeys(arms, rates[0]))
         for seed in seeds:
             for name, config in arms.items():
@@ -139,13 +193,22 @@ def tune_and_train(
             study.train(name, config, best[name], seed)
 
 
-def report(run_dir: str | os.PathLike, recipe: str, baseline: str) -> None:
+def report(
+    run_dir: str | os.PathLike,
+    recipe: str,
+    baseline: str,
+    *,
+    task: Task = LANGUAGE,
+    headline: str | None = None,
+) -> None:
     """Print the table of the finished runs of a comparison; write it, its pictures and ``result.json``.
 
     Args:
         run_dir: Where the runs are.
         recipe: Name of the comparison.
         baseline: The arm that the others are compared with, if it is among them.
+        task: What the models do.
+        headline: The arm that the result is also about by itself, if it is among them.
 
     Raises:
         CheckpointError: If the comparison has not got so far, or a file of it is damaged.
@@ -165,10 +228,19 @@ def report(run_dir: str | os.PathLike, recipe: str, baseline: str) -> None:
     results = [record.result for record in records]
     metrics = {}
     for name in dict.fromkeys(labels):
-        losses = [r["metrics"]["loss"] for r, label in zip(results, labels, strict=True) if label == name]
-        metrics[name] = sum(losses) / len(losses)
-    same = ("baseline", "chance", "dataset", "device", "versions")
+        values = [
+            r["metrics"][task.metric] for r, label in zip(results, labels, strict=True) if label == name
+        ]
+        metrics[name] = sum(values) / len(values)
+    same = (*task.references, "dataset", "device", "versions")
+    sizes = {}
+    if headline in metrics:
+        metrics[task.metric] = metrics[headline]
+        first = results[labels.index(headline)]
+        names = ("steps", "seed", "peak_rss_mb", "params_total", "params_active", "flops_per_token")
+        sizes = {name: first[name] for name in names}
     result = {"recipe": recipe, "metrics": metrics, **{key: results[0][key] for key in same}}
+    result |= sizes
     result["seconds"] = sum(checkpoint.read(path).result["seconds"] for path in finished)
     checkpoint.write_json(run_dir / "result.json", result)
     for path in table.save(run_dir):
@@ -181,14 +253,14 @@ class _Study:
 
     run_dir: Path
     recipe: str
-    score: Corpus
-    choose: Corpus | None
+    task: Task
+    parts: Any
     total: int
     done: int = 0
     trained: int = 0
     seconds: float = 0.0
 
-    def train(self, name: str, config: LanguageModelConfig, rate: float, seed: int) -> dict:
+    def train(self, name: str, config: RunConfig, rate: float, seed: int) -> dict:
         """The result of one run."""
         run_name = f"{name}-lr{rate:g}-seed{seed}"
         path = self.run_dir / run_name
@@ -210,9 +282,7 @@ class _Study:
             left = f"; about {minutes:.0f} min left"
         say(f"\nrun {self.done} of {self.total}: {run_name}{left}")
         began = time.perf_counter()
-        result = language_model.train(
-            config, self.recipe, corpus=self.score, validation=self.choose, pictures=False
-        )
+        result = self.task.train(config, self.recipe, self.parts)
         self.trained, self.seconds = self.trained + 1, self.seconds + time.perf_counter() - began
         return result
 
@@ -228,11 +298,5 @@ def _finished(run_dir: Path) -> list[Path]:
     return [path.parent for path in run_dir.glob("*/result.json")]
 
 
-def _with_width(config: LanguageModelConfig, width: int) -> LanguageModelConfig:
+def _with_width(config: RunConfig, width: int) -> RunConfig:
     return dataclasses.replace(config, expert_dim=width)
-
-
-def _cost(config: LanguageModelConfig, corpus: Corpus, equal: str) -> int:
-    with torch.device("meta"):  # sizes without numbers
-        model = build_model(config, corpus)
-    return model.num_active_parameters() if equal == "parameters" else forward_flops(model, config.seq_len)

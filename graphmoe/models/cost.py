@@ -1,8 +1,18 @@
 """What one token costs: the parameters it passes through and the arithmetic it takes."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
-from graphmoe.nn import AttendConv, CollabConv, ContextualRouter, IterativeExpert, MoELayer, moe_layers
+from graphmoe.nn import (
+    AttendConv,
+    CollabConv,
+    ContextualRouter,
+    ExpertChoiceRouter,
+    IterativeExpert,
+    MoELayer,
+    moe_layers,
+)
 
 
 def active_parameters(model: nn.Module) -> int:
@@ -24,7 +34,8 @@ def forward_flops(model: nn.Module, length: int) -> int:
     """Floating-point operations of a forward pass, per token of a sequence of ``length`` tokens.
 
     A multiplication and an addition count as two. Counted are matrix products: linear maps, experts,
-    routers, attention over the tokens before (half the sequence on average) and the mixing of rows;
+    routers, attention over the tokens before (half the sequence on average; all of it where attention is not
+    causal) and the mixing of rows;
     normalisation, activations and hyperedge attention are left out.
     """
     total = 0
@@ -32,13 +43,28 @@ def forward_flops(model: nn.Module, length: int) -> int:
         if isinstance(module, nn.Linear):
             total += 2 * module.weight.numel()
         elif isinstance(module, AttendConv):
-            total += 2 * (length + 1) * module.lin_out.in_features
+            heard = (length + 1) / 2 if module.causal else length
+            total += round(4 * heard * module.lin_out.in_features)
         elif isinstance(module, MoELayer):
             total += 2 * module.router.weight.numel() + _expert_flops(module)
             if isinstance(module.router, ContextualRouter):
                 # Linear maps were counted for one row by the first branch.
                 total += (_served(module) - 1) * _maps(module.router) + _mixing(module, _served(module))
             total += sum(_coupling_flops(module, conv) for conv in module.couplers)
+    return total
+
+
+def mean_flops(model: nn.Module, lengths: Sequence[int]) -> int:
+    """As :func:`forward_flops`, a mean over the tokens of sequences with ``lengths``.
+
+    Experts that choose take whole tokens of every sequence: rounded up, more than ``k`` experts a token.
+    """
+    tokens = sum(lengths)
+    total = forward_flops(model, round(sum(length**2 for length in lengths) / tokens))
+    for layer in moe_layers(model):
+        if isinstance(layer.router, ExpertChoiceRouter):
+            edges = layer.num_experts * sum(layer.router.capacity(length) for length in lengths) / tokens
+            total += round(_expert_flops(layer) * (edges / _served(layer) - 1))
     return total
 
 

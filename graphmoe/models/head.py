@@ -15,11 +15,12 @@ IGNORE = -100
 def next_token_loss(
     lm_head: nn.Module, x: Tensor, labels: Tensor, loss_function: Callable[..., Tensor], **kwargs
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy of the token that follows each token, in nats, and the logits ``[B, T, V]``.
+    """Cross entropy of the token that follows each token, in nats, and the logits ``[B, T, V]``; 0 if no
+    token counts.
 
-    The numbers are those of ``loss_function(lm_head(x), labels, V, **kwargs)``, which is also what is called
-    where the loss is not transformers' own for causal models, or the output layer not a plain ``nn.Linear``:
-    quantised, adapted, sharded over devices, or with hooks.
+    Else the numbers are those of ``loss_function(lm_head(x), labels, V, **kwargs)``, which is also what is
+    called where the loss is not transformers' own for causal models, or the output layer not a plain
+    ``nn.Linear``: quantised, adapted, sharded over devices, or with hooks.
 
     Args:
         lm_head: The output layer.
@@ -41,7 +42,8 @@ def next_token_loss(
     loss, logits = linear_cross_entropy(x.flatten(0, 1), lm_head.weight, label, ignore_index=ignore)
     count = kwargs.get("num_items_in_batch")
     if count is None:
-        count = (label != ignore).sum()  # none: NaN, as in torch's cross entropy
+        # A batch of nothing but padding has nothing to teach: 0, where torch's cross entropy is NaN.
+        count = (label != ignore).sum().clamp(min=1)
     return loss.sum() / count, logits.view(*x.shape[:-1], -1)
 
 

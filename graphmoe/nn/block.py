@@ -1,6 +1,8 @@
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from graphmoe.errors import ConfigError
 from graphmoe.nn.attend import AttendConv
 from graphmoe.nn.expert import FeedForward
 from graphmoe.nn.moe import MoELayer
@@ -14,6 +16,9 @@ class Block(nn.Module):
     With ``post_norm`` what the second branch adds is normalised too, ``x + norm(moe(norm(x)))`` (half of the
     "sandwich" of `CogView <https://arxiv.org/abs/2105.13290>`_): a mixture, whose outputs start ``k`` times
     smaller than those of a dense layer, then has a say from the first step on.
+
+    Where the experts choose their tokens, they do so in each sequence as if it were alone, so that no
+    sequence depends on what else is in its batch.
 
     Args:
         attend: Attention along ``token -> token`` edges.
@@ -30,6 +35,9 @@ class Block(nn.Module):
           ``steps`` as in :class:`MoELayer`; ``recompute``: keep nothing of the second branch for the backward
           pass, but compute it again.
         - **output:** ``(x [B, T, D], Record or None)``.
+
+    Raises:
+        ConfigError: A router that looks at other tokens beside attention that must not see the future.
     """
 
     def __init__(
@@ -43,6 +51,12 @@ class Block(nn.Module):
         post_norm: float | None = None,
     ):
         super().__init__()
+        by_token = not isinstance(feed_forward, MoELayer) or feed_forward.router.causal
+        if attend.causal and not by_token:
+            what = "experts that choose their tokens see the future"
+            expected = "threshold, the causal form of it, or attention with causal=False"
+            raise ConfigError(what, "router", expected, type(feed_forward.router).__name__)
+        self.looks_around = not by_token
         self.attend, self.feed_forward = attend, feed_forward
         self.attend_norm = RMSNorm(channels, eps=norm_eps)
         self.feed_forward_norm = RMSNorm(channels, eps=norm_eps)
@@ -81,6 +95,9 @@ class Block(nn.Module):
         x, record = self.feed_forward_norm(x), None
         if isinstance(self.feed_forward, MoELayer):
             options = {"rounds": rounds, "steps": steps}
+            if self.looks_around:
+                sequence = torch.arange(x.size(0), device=x.device)
+                options["batch"] = sequence.unsqueeze(1).expand(x.shape[:2])
             x, record = self.feed_forward(x, mask=present, return_record=True, **options)
         else:
             x = self.feed_forward(x)

@@ -6,8 +6,10 @@ from torch.nn import functional as F
 from torch_geometric.nn import MessagePassing
 
 from graphmoe.errors import ConfigError
+from graphmoe.graph import one_end
 from graphmoe.nn.expert import ExpertConv, FeedForward, GhostGate, IterativeExpert
 from graphmoe.nn.fuse import GatedFusion, SumFusion
+from graphmoe.nn.lazy import lazy_channels
 from graphmoe.nn.resolver import resolve_coupling, resolve_experts, resolve_fusion, resolve_router
 from graphmoe.nn.route import (
     ContextualRouter,
@@ -32,6 +34,7 @@ _NO_GHOSTS = {
 }
 
 
+@lazy_channels
 class MoELayer(nn.Module):
     r"""A mixture of experts on the nodes of any graph: route, apply, couple, return.
 
@@ -50,7 +53,8 @@ class MoELayer(nn.Module):
         x = moe(conv(x, edge_index).relu())
 
     Args:
-        in_channels: Channels ``D`` in and out.
+        in_channels: Channels ``D`` in and out; ``-1``: those of the first input: see
+            :func:`~graphmoe.nn.lazy.lazy_channels`.
         num_experts: Primary experts.
         k: Experts a token, ``1 <= k <= num_experts``; ``k = num_experts`` means every live expert.
         hidden_channels: Channels ``F`` inside an expert. Default: ``4 * D``.
@@ -98,6 +102,7 @@ class MoELayer(nn.Module):
         ConfigError: ``k`` outside ``[1, num_experts]``, an unknown router, coupling, fusion, activation or
             strategy, a strategy that needs more rows than ``k``, hyperedges that do not fit the experts,
             options that exclude one another.
+        GraphError: A pair of sources and targets instead of nodes.
     """
 
     def __init__(
@@ -228,6 +233,7 @@ class MoELayer(nn.Module):
         return_record: bool = False,
     ) -> Tensor | tuple[Tensor, Record]:
         self._check_knobs(rounds, steps)
+        x = one_end(x, "a mixture serves nodes, it has no edges")
         shape = x.shape
         x = x.reshape(-1, shape[-1])  # [N, D]
         batch = None if batch is None else batch.flatten()

@@ -4,12 +4,14 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj
 from torch_geometric.utils import softmax
 
-from graphmoe.errors import ConfigError
-from graphmoe.graph import complete, to_edges
+from graphmoe.errors import ConfigError, GraphError
+from graphmoe.graph import both_ends, complete, weighted_edges
+from graphmoe.nn.lazy import lazy_channels
 from graphmoe.ops.fold import log_factor
 from graphmoe.ops.row_attention import row_attention
 
 
+@lazy_channels
 class RowAttention(MessagePassing):
     r"""Multi-head attention among the nodes of one token
     (`Attention Is All You Need <https://arxiv.org/abs/1706.03762>`_).
@@ -28,21 +30,23 @@ class RowAttention(MessagePassing):
     are small dense products.
 
     Args:
-        in_channels: Channels ``F``.
+        in_channels: Channels ``F``; ``-1``: those of the first input.
         heads: Attention heads; must divide ``F``.
         dropout: On attention weights, in training.
         **kwargs: Arguments of :class:`torch_geometric.nn.MessagePassing`.
 
     Shapes:
-        - **input:** ``x [*, nodes, F]``; ``edge_index [2, M]`` or ``None``; ``edge_weight``, at least 0:
-          ``[M]`` or ``[*, M]`` with ``edge_index``, else dense ``[*, nodes, nodes]`` (target, source) or what
+        - **input:** ``x [*, nodes, F]``, or with ``edge_index`` a pair of sources and targets;
+          ``edge_index [2, M]``, ``adj_t`` or ``None``; ``edge_weight``, at least 0: ``[M]`` or
+          ``[*, M]`` with ``edge_index``, else dense ``[*, nodes, nodes]`` (target, source) or what
           broadcasts to it.
-        - **output:** ``[*, nodes, F]``; with ``return_attention_weights=True`` also
+        - **output:** ``[*, nodes, F]``, of the targets; with ``return_attention_weights=True`` also
           ``(edge_index, alpha [*, M, heads])``, or without ``edge_index`` ``alpha [*, heads, nodes, nodes]``
           (target, source), before dropout.
 
     Raises:
         ConfigError: Heads that do not divide the channels.
+        GraphError: ``edge_index`` that is no graph of these nodes, or a pair without one.
     """
 
     def __init__(self, in_channels: int, heads: int, *, dropout: float = 0.0, **kwargs):
@@ -61,13 +65,16 @@ class RowAttention(MessagePassing):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | tuple[Tensor, Tensor],
         edge_index: Adj | None = None,
         edge_weight: Tensor | None = None,
         *,
         return_attention_weights: bool = False,
     ):
-        qkv = self.lin_qkv(x)  # [*, nodes, 3 * F]
+        source, target = both_ends(x)
+        if edge_index is None and source is not target:
+            raise GraphError("sources and targets of which edges?", "edge_index", "[2, M]", None)
+        qkv = self.lin_qkv(source)  # [*, nodes, 3 * F]
         if edge_index is None and self.fuse:
             dropout = self.dropout if self.training else 0.0
             heard, alpha = row_attention(
@@ -75,18 +82,23 @@ class RowAttention(MessagePassing):
             )
             out = self.lin_out(heard)
             return (out, alpha) if return_attention_weights else out
-        nodes = x.size(-2)
-        edges = complete(nodes, loops=True, device=x.device) if edge_index is None else to_edges(edge_index)
+        size = nodes, _ = source.size(-2), target.size(-2)
+        if edge_index is None:
+            edges = complete(nodes, loops=True, device=source.device)
+            if edge_weight is not None:
+                edge_weight = edge_weight.expand(*edge_weight.shape[:-2], nodes, nodes).flatten(-2)
+        else:
+            edges, edge_weight = weighted_edges(edge_index, edge_weight, size)
         if edge_weight is None:
-            edge_weight = x.new_ones(edges.size(1))
-        elif edge_index is None:
-            edge_weight = edge_weight.expand(*edge_weight.shape[:-2], nodes, nodes).flatten(-2)
+            edge_weight = source.new_ones(edges.size(1))
         query, key, value = qkv.chunk(3, dim=-1)
+        if source is not target:
+            query = self.lin_qkv(target).chunk(3, dim=-1)[0]
         alpha = self.edge_updater(
-            edges, query=query, key=key, edge_weight=edge_weight.unsqueeze(-1), size=(nodes, nodes)
+            edges, query=(None, query), key=(key, None), edge_weight=edge_weight.unsqueeze(-1), size=size
         )  # [*, M, heads]
         dropped = F.dropout(alpha, self.dropout, self.training)
-        out = self.lin_out(self.propagate(edges, value=value, alpha=dropped, size=(nodes, nodes)))
+        out = self.lin_out(self.propagate(edges, value=(value, None), alpha=dropped, size=size))
         if not return_attention_weights:
             return out
         if edge_index is None:  # the complete graph is sorted by target, then by source

@@ -32,7 +32,7 @@ def gated_update(
         ``[*, nodes, F]``.
     """
     tensors = (strength, gate, bias, neighbor, own)
-    if not suits_blocks(x, *tensors):
+    if not suits_blocks(x, *tensors) or x.numel() == 0:
         gates = strength * open_gates(x @ gate.t(), bias)
         return x + F.gelu(F.linear(gates @ x, neighbor) + F.linear(x, own))
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))

@@ -193,6 +193,8 @@ class Progress(Callback):
         figures = {"loss": f"{state.metrics['loss']:.3f}"}
         if self.evaluation is not None and self.evaluation.latest.get("bits_per_byte") is not None:
             figures["held-out bits/byte"] = f"{self.evaluation.latest['bits_per_byte']:.3f}"
+        if self.evaluation is not None and self.evaluation.latest.get("accuracy") is not None:
+            figures["validation accuracy"] = f"{self.evaluation.latest['accuracy']:.3f}"
         if self.bar is not None:
             self.bar.set_postfix(figures, refresh=False)
             self.bar.update()

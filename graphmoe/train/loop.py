@@ -151,12 +151,15 @@ def fit(
 
     def learn(net: nn.Module, index: int) -> tuple[object, int]:
         """Add the gradients of one micro-batch; returns its outputs and its number of tokens."""
-        batch = send_to_device(batches(index, config.batch_size, share), accelerator.device)
+        batch = batches(index, config.batch_size, share)
+        mask = batch.get("attention_mask")
+        tokens = batch["labels"].numel() if mask is None else int(mask.sum())
+        batch = send_to_device(batch, accelerator.device)
         # torch's own: accelerate fixes one precision for the life of a process.
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.bf16):
             outputs = net(**batch)
         accelerator.backward(outputs.loss / micros)
-        return outputs, batch["labels"].numel()
+        return outputs, tokens
 
     def trial(net: nn.Module) -> None:
         reseed(config.seed, start, rank)

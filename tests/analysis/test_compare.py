@@ -456,3 +456,54 @@ def test_command_says_what_is_wrong_in_one_line(
         code = stop.code
     out, err = capsys.readouterr()
     assert code == 2 and not out and message in err and err.count("\n") == 1
+
+
+# Classifiers -----------------------------------------------------------------------------------
+
+
+def classifiers(tmp_path: Path) -> list[RunRecord]:
+    """Arms of which more accuracy is better, and which know nothing of perplexity."""
+    found = []
+    arms = {"dense": ([0.70, 0.72], 2e6, {}), "choice": ([0.75, 0.73], 3e6, {"unserved": [0.01, 0.03]})}
+    for mode, (values, flops, experts) in arms.items():
+        for seed, value in enumerate(values):
+            run = write_arm(tmp_path / f"{mode}{seed}", mode=mode, seed=seed)
+            result = json.loads((run / "result.json").read_text())
+            result |= {"metrics": {"accuracy": value, "loss": 1 - value}, "flops_per_token": flops}
+            result |= {"baseline": {"name": "TF-IDF", "accuracy": 0.8}, "chance": {"accuracy": 0.5}}
+            result |= {
+                "majority": {"name": "majority class", "accuracy": 0.6},
+                "experts": experts,
+                "seconds": 7,
+            }
+            (run / "result.json").write_text(json.dumps(result))
+            lines = [{"kind": "eval", "step": step, "accuracy": value * step / 200} for step in (100, 200)]
+            (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            found.append(read(run))
+    return found
+
+
+def test_of_classifiers_more_accuracy_is_better(tmp_path: Path):
+    comparison = compare(classifiers(tmp_path), baseline="dense")
+    table = rows(comparison)
+    assert list(table) == ["dense", "choice", "TF-IDF", "majority class", "chance"]
+    assert table["choice"]["held-out accuracy"] == "0.7400 ± 0.0141"
+    assert table["choice"]["against dense"] == "+0.0300 ± 0.0200 (2)"
+    assert (
+        table["TF-IDF"]["held-out accuracy"] == "0.8000" and table["chance"]["held-out accuracy"] == "0.5000"
+    )
+    assert table["choice"]["tokens nobody chose / blind"] == "0.020 / –"
+    assert table["dense"]["seconds"] == "7"
+    assert "perplexity" not in table["dense"] and "positive is better" in comparison.markdown()
+    assert [ax.get_ylabel() or ax.get_xlabel() for ax in comparison.figure().axes] == [
+        "validation accuracy",
+        "held-out accuracy",
+    ]
+    # The dearer one stands on the frontier because it is more accurate, not less.
+    assert [point.group.label for point in frontier(points_of(comparison.groups))] == ["dense", "choice"]
+    assert comparison.trade_off().axes[0].get_ylabel() == "held-out accuracy (more is better)"
+    worse = [
+        point._replace(flops=point.flops * 10, quality=spread([0.6]))
+        for point in points_of(comparison.groups)
+    ]
+    assert len(frontier([*points_of(comparison.groups), *worse])) == 2

@@ -457,3 +457,17 @@ def test_active_parameters():
 def test_wrong_input(options, match):
     with pytest.raises(ConfigError, match=match):
         build(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"router": "threshold"}, {"capacity_factor": 1.0}], ids=str)
+@pytest.mark.parametrize("train", [False, True])
+def test_nothing_but_padding_has_no_loss(options, train):
+    model = build(
+        "none", k=2, ghosts=0, orthogonality_output_coef=0.0, orthogonality_weight_coef=0.0, **options
+    )
+    model.train(train)
+    ids = torch.randint(61, (2, 6))
+    outputs = model(ids, labels=torch.full_like(ids, -100), attention_mask=torch.zeros_like(ids))
+    assert outputs.loss == 0
+    outputs.loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())

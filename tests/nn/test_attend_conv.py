@@ -3,7 +3,7 @@ import torch
 from contract import assert_same
 
 from graphmoe.errors import ConfigError
-from graphmoe.graph import causal
+from graphmoe.graph import causal, complete
 from graphmoe.nn import AttendConv, edge_form, rotary
 
 
@@ -93,3 +93,43 @@ def test_heads_must_divide():
         AttendConv(16, 3)
     with pytest.raises(ConfigError, match=r"kv_heads.*a divisor of 4; got 3"):
         AttendConv(16, 4, kv_heads=3)
+
+
+def test_without_causal_every_token_hears_all_of_its_sequence(double):
+    conv = AttendConv(16, 4, kv_heads=2, causal=False)
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    position = angles(5, 4)
+
+    def edge():
+        with edge_form(conv):
+            return conv(x, position=position)
+
+    assert_same(conv, [x], lambda: conv(x, position=position), edge)
+    nodes = tuple(a.expand(2, 5, -1).flatten(0, 1) for a in position)
+    pairs = complete(5, loops=True)
+    both = torch.cat([pairs, pairs + 5], dim=1)
+    flat = conv(x.flatten(0, 1), both, nodes)
+    torch.testing.assert_close(flat.view(2, 5, 16), conv(x, position=position))
+    assert torch.autograd.grad(conv(x, position=position)[0, 0].sum(), x)[0][0].abs().sum(dim=1).min() > 0
+
+
+def test_without_causal_a_mask_leaves_the_present_tokens(double):
+    conv = AttendConv(8, 2, causal=False)
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    present = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    mask = present.view(3, 1, 1, 5).expand(3, 1, 5, 5)
+
+    def edge():
+        with edge_form(conv):
+            return conv(x, mask=mask)
+
+    assert_same(conv, [x], lambda: conv(x, mask=mask), edge)
+    out = conv(x, mask=mask)
+    torch.testing.assert_close(out[0, :3], conv(x[:1, :3])[0])
+    torch.testing.assert_close(out[1, 1:], conv(x[1:2, 1:])[0])
+    assert (out[2] == 0).all()
+
+
+def test_without_causal_there_is_no_cache():
+    with pytest.raises(ConfigError, match=r"cache: tokens that look ahead.*got 'Cache'"):
+        AttendConv(8, 2, causal=False)(torch.randn(1, 3, 8), cache=Cache())

@@ -4,14 +4,16 @@ from torch.nn import functional as F
 from torch_geometric.typing import Adj
 
 from graphmoe.errors import ConfigError
-from graphmoe.graph import to_edges
+from graphmoe.graph import one_end, weighted_edges
 from graphmoe.nn.couple.bare import is_bare
+from graphmoe.nn.lazy import lazy_channels
 from graphmoe.nn.row_attention import RowAttention
 from graphmoe.ops.collaborate import collaborate
 
 GRAPHS = ("complete", "self")
 
 
+@lazy_channels
 class CollabConv(nn.Module):
     r"""Rounds of collaboration between the experts of a token: attention among its rows, then a
     feed-forward step of each, with the same weights in every round.
@@ -30,7 +32,7 @@ class CollabConv(nn.Module):
     tokens are dense products.
 
     Args:
-        in_channels: Channels ``F`` of a row.
+        in_channels: Channels ``F`` of a row; ``-1``: those of the first input.
         num_experts: ``E``: a row with an expert id of at least ``E`` is absent. ``None``: none is.
         heads: Attention heads; must divide ``F``.
         rounds: Rounds of collaboration; 0 leaves the nodes as they come.
@@ -42,11 +44,11 @@ class CollabConv(nn.Module):
         eps: Added to the mean square in RMSNorm.
 
     Shapes:
-        - **input:** ``x [*, nodes, F]``; ``edge_index [2, M]`` over the nodes, or ``None``; ``expert
-          [*, nodes]`` expert ids (default: the node index); an absent row is heard by nobody, comes out as 0
-          and receives no gradient; ``edge_weight``, at least 0: ``[M]`` or ``[*, M]`` with ``edge_index``,
-          else dense ``[*, nodes, nodes]`` (target, source); ``level [E]``: how far each expert is there, a
-          factor of every edge from it; ``rounds``: instead of the number of the constructor.
+        - **input:** ``x [*, nodes, F]``; ``edge_index [2, M]`` or ``adj_t`` over the nodes, or ``None``;
+          ``expert [*, nodes]`` expert ids (default: the node index); an absent row is heard by nobody,
+          comes out as 0 and receives no gradient; ``edge_weight``, at least 0: ``[M]`` or ``[*, M]`` with
+          ``edge_index``, else dense ``[*, nodes, nodes]`` (target, source); ``level [E]``: how far each
+          expert is there, a factor of every edge from it; ``rounds``: instead of the constructor's number.
         - **output:** ``[*, nodes, F]``, or ``[*, nodes + 1, F]`` with the mediator behind the rows. With
           ``return_attention_weights=True`` also ``attention [rounds, *, heads, nodes', nodes']`` (target,
           source; ``nodes'`` counts the mediator), or with ``edge_index`` ``(edge_index', alpha
@@ -54,6 +56,7 @@ class CollabConv(nn.Module):
 
     Raises:
         ConfigError: Heads that do not divide the channels, a negative number of rounds, an unknown graph.
+        GraphError: ``edge_index`` that is no graph of these nodes; sources beside targets.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class CollabConv(nn.Module):
         return_attention_weights: bool = False,
     ):
         rounds = self.rounds if rounds is None else _checked(rounds)
+        x = one_end(x, "in rounds every node hears and speaks")
         source, present = self._nodes(x, expert, level)
         t = x if present is None else x.masked_fill(~present.unsqueeze(-1), 0.0)
         if self.mediator is not None:
@@ -127,7 +131,8 @@ class CollabConv(nn.Module):
         if edge_index is None:
             weight = self._dense_weight(t, edge_weight, source, present)
         else:
-            edge_index, weight = self._edge_weight(t, to_edges(edge_index), edge_weight, source, present)
+            edges, edge_weight = weighted_edges(edge_index, edge_weight, x.size(-2))
+            edge_index, weight = self._edge_weight(t, edges, edge_weight, source, present)
         if edge_index is None and rounds and not return_attention_weights and self._suits_kernel():
             attend = self.attention
             return collaborate(

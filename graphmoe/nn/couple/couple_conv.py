@@ -5,12 +5,15 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.inits import glorot
 from torch_geometric.typing import Adj, OptTensor
 
-from graphmoe.graph import complete, to_edges
+from graphmoe.errors import GraphError
+from graphmoe.graph import both_ends, complete, weighted_edges
 from graphmoe.nn.couple.bare import is_bare
+from graphmoe.nn.lazy import lazy_channels
 from graphmoe.ops.fold import look_up
 from graphmoe.ops.gated_update import gated_update, open_gates
 
 
+@lazy_channels
 class CoupleConv(MessagePassing):
     r"""One gated round of talk between the experts of a token (the "gnn" coupler).
 
@@ -26,18 +29,22 @@ class CoupleConv(MessagePassing):
     one small batched matrix product; on a CPU this form is differentiable once.
 
     Args:
-        in_channels: Channels ``F`` of a row.
+        in_channels: Channels ``F`` of a row; ``-1``: those of the first input.
         num_experts: Size ``E`` of the learned adjacency; ``None`` leaves it out.
         **kwargs: Arguments of :class:`torch_geometric.nn.MessagePassing`.
 
     Shapes:
-        - **input:** ``x [*, nodes, F]``; ``edge_index [2, M]`` or ``None``; ``expert [*, nodes]``
+        - **input:** ``x [*, nodes, F]``, or with ``edge_index`` a pair of sources and targets;
+          ``edge_index [2, M]``, ``adj_t`` or ``None``; ``expert [*, nodes]``
           expert ids (``E`` for an absent row, which neither speaks nor listens; default: the node
-          index); ``edge_weight``, ``[M]`` or ``[*, M]`` with ``edge_index``, else dense
+          index), a pair if ``x`` is; ``edge_weight``, ``[M]`` or ``[*, M]`` with ``edge_index``, else dense
           ``[*, nodes, nodes]`` (target, source); ``level [E]``: how far each expert is there, a
           factor of every gate to and from it.
-        - **output:** ``[*, nodes, F]``; with ``return_attention_weights=True`` also
+        - **output:** ``[*, nodes, F]``, of the targets; with ``return_attention_weights=True`` also
           ``(edge_index, gates [*, M])``.
+
+    Raises:
+        GraphError: ``edge_index`` that is no graph of these nodes, or a pair without one.
     """
 
     def __init__(self, in_channels: int, num_experts: int | None = None, **kwargs):
@@ -65,13 +72,15 @@ class CoupleConv(MessagePassing):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | tuple[Tensor, Tensor],
         edge_index: Adj | None = None,
-        expert: Tensor | None = None,
+        expert: Tensor | tuple[Tensor, Tensor] | None = None,
         edge_weight: Tensor | None = None,
         level: Tensor | None = None,
         return_attention_weights: bool = False,
     ):
+        if edge_index is None and not isinstance(x, Tensor):
+            raise GraphError("sources and targets of which edges?", "edge_index", "[2, M]", None)
         if edge_index is None and self.fuse and not return_attention_weights:
             if not (is_bare(self.lin_neighbor) and is_bare(self.lin_self)):
                 return self._update(x, self.gates(x, expert, edge_weight, level) @ x)
@@ -82,19 +91,21 @@ class CoupleConv(MessagePassing):
             edge_index = complete(x.size(-2), device=x.device)
             if edge_weight is not None:
                 edge_weight = edge_weight[..., edge_index[1], edge_index[0]]
-        else:
-            edge_index = to_edges(edge_index)
+        source, target = both_ends(x)
+        size = (source.size(-2), target.size(-2))
+        edge_index, edge_weight = weighted_edges(edge_index, edge_weight, size)
         if edge_weight is None:
-            edge_weight = x.new_ones(edge_index.size(1))
-        target, source = (x @ self.gate.t()).split(1, dim=-1)  # [*, nodes, 1]
+            edge_weight = target.new_ones(edge_index.size(1))
+        speaker, listener = (None, None) if expert is None else both_ends(expert, "expert")
         gate = self.edge_updater(
             edge_index,
-            score=(source, target + self.gate_bias),
-            expert=self._experts(x, expert),
-            edge_weight=edge_weight,
+            score=(source @ self.gate[1:].t(), target @ self.gate[:1].t() + self.gate_bias),
+            expert=(self._experts(source, speaker), self._experts(target, listener)),
+            edge_weight=edge_weight.to(target.dtype),
             level=level,
+            size=size,
         )
-        out = self._update(x, self.propagate(edge_index, x=x, gate=gate))
+        out = self._update(target, self.propagate(edge_index, x=(source, None), gate=gate, size=size))
         return (out, (edge_index, gate.squeeze(-1))) if return_attention_weights else out
 
     def gates(

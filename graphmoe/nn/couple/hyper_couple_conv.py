@@ -10,9 +10,10 @@ from torch_geometric.typing import Adj, OptTensor
 from torch_geometric.utils import softmax
 
 from graphmoe.errors import ConfigError
-from graphmoe.graph import to_edges
+from graphmoe.graph import one_end, to_edges
 from graphmoe.nn.couple.bare import is_bare
 from graphmoe.nn.couple.hypergraph import build_hypergraph, check_strategy
+from graphmoe.nn.lazy import lazy_channels
 from graphmoe.ops.fold import (
     SLOPE,
     acting,
@@ -26,6 +27,7 @@ from graphmoe.ops.fold import (
 from graphmoe.ops.mix_linear import mix_linear
 
 
+@lazy_channels
 class HyperCoupleConv(MessagePassing):
     r"""Hypergraph convolution over the experts of a token, with learned positive hyperedge weights
     (after `Hypergraph Convolution and Hypergraph Attention <https://arxiv.org/abs/1901.08150>`_).
@@ -58,7 +60,7 @@ class HyperCoupleConv(MessagePassing):
     on a CPU and without attention it is differentiable once.
 
     Args:
-        in_channels: Channels ``F`` of a row.
+        in_channels: Channels ``F`` of a row; ``-1``: those of the first input.
         num_experts: ``E``, ghosts included; ``None`` for a hypergraph given in ``forward``.
         strategy: ``all_pairs``, ``all_triplets``, ``all`` or ``custom``.
         k: Rows of a token, default ``E``.
@@ -78,7 +80,9 @@ class HyperCoupleConv(MessagePassing):
 
     Raises:
         ConfigError: A strategy that does not fit ``k`` or ``E``; hyperedges that do not fit ``E`` or ``k``,
-            or leave a ghost out; more of them than ``max_hyperedges``; no hypergraph at all.
+            or leave a ghost out; more of them than ``max_hyperedges``; no hypergraph at all; a reversed flow.
+        GraphError: ``edge_index`` that is no incidence of these nodes, or with more hyperedges than
+            ``edge_weight``; features of hyperedges.
     """
 
     def __init__(
@@ -95,6 +99,10 @@ class HyperCoupleConv(MessagePassing):
         **kwargs,
     ):
         super().__init__(aggr="sum", node_dim=-2, **kwargs)
+        if self.flow != "source_to_target":
+            raise ConfigError(
+                "a hypergraph has no direction to reverse", "flow", "source_to_target", self.flow
+            )
         self.in_channels, self.num_experts, self.attention = in_channels, num_experts, attention
         self.strategy = check_strategy(strategy, hyperedges, num_experts)
         self.fuse, self.pairs = True, False
@@ -162,8 +170,9 @@ class HyperCoupleConv(MessagePassing):
         edge_weight: Tensor | None = None,
         level: Tensor | None = None,
     ) -> Tensor:
+        x = one_end(x, "hyperedges have no features")
         if edge_index is not None:
-            edges = to_edges(edge_index)
+            edges = to_edges(edge_index, (x.size(-2), None if edge_weight is None else edge_weight.size(-1)))
             if edge_weight is None:
                 edge_weight = x.new_ones(int(edges[1].max()) + 1 if edges.numel() else 0)
             return self._spread(self.lin(x), edges, edge_weight, x.new_ones(x.size(-2), 1))

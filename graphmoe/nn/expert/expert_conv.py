@@ -2,13 +2,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.nn import MessagePassing
+from torch_geometric.typing import Adj
 
 from graphmoe.errors import ConfigError
+from graphmoe.graph import to_edges
+from graphmoe.nn.lazy import lazy_channels
 from graphmoe.ops import grouped_mlp
 
 ACTIVATIONS = ("swiglu", "gelu")
 
 
+@lazy_channels
 class ExpertConv(MessagePassing):
     r"""Applies to every row the expert it carries.
 
@@ -26,20 +30,22 @@ class ExpertConv(MessagePassing):
     by one on any ``edge_index``.
 
     Args:
-        in_channels: Channels ``D`` of a token and of a row.
+        in_channels: Channels ``D`` of a token and of a row; ``-1``: those of the first input.
         hidden_channels: Channels ``F`` inside an expert.
         num_experts: ``E``.
         activation: ``swiglu`` or ``gelu``.
         **kwargs: Arguments of :class:`torch_geometric.nn.MessagePassing`.
 
     Shapes:
-        - **input:** ``x [N, D]``, ``edge_index [2, R]`` (token, row), ``expert [R]`` int64 (``E``
-          for an absent row, whose output is 0), ``ptr [E + 1]``, ``perm [R]`` (place of each row in
-          token order; saves a sort).
+        - **input:** ``x [N, D]``, ``edge_index [2, R]`` (token, row) or ``adj_t``, ``expert [R]`` int64
+          (``E`` for an absent row, whose output is 0); instead of ``x`` and of ``expert`` also pairs for
+          tokens and rows, of which ``x[0]`` and ``expert[1]`` count; ``ptr [E + 1]``, ``perm [R]``
+          (place of each row in token order; saves a sort).
         - **output:** ``[R, D]``.
 
     Raises:
         ConfigError: Unknown activation.
+        GraphError: ``edge_index`` that does not lead from these tokens to these rows.
     """
 
     def __init__(
@@ -73,9 +79,9 @@ class ExpertConv(MessagePassing):
 
     def forward(
         self,
-        x: Tensor,
-        edge_index: Tensor,
-        expert: Tensor,
+        x: Tensor | tuple[Tensor, Tensor | None],
+        edge_index: Adj,
+        expert: Tensor | tuple[object, Tensor],
         ptr: Tensor | None = None,
         perm: Tensor | None = None,
     ) -> Tensor:
@@ -84,8 +90,18 @@ class ExpertConv(MessagePassing):
                 x, self.gate_up_proj, self.down_proj, ptr,
                 token=edge_index[0], perm=perm, activation=self.activation,
             )  # fmt: skip
+        x, expert, edges, size = self.ends(x, edge_index, expert)
+        return self.propagate(edges, x=(x, None), expert=(None, expert.unsqueeze(-1)), size=size)
+
+    @staticmethod
+    def ends(
+        x: Tensor | tuple[Tensor, Tensor | None], edge_index: Adj, expert: Tensor | tuple[object, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+        """Tokens, experts of the rows, checked edges between them, and the numbers of both."""
+        x = x if isinstance(x, Tensor) else x[0]
+        expert = expert if isinstance(expert, Tensor) else expert[1]
         size = (x.size(0), expert.numel())
-        return self.propagate(edge_index, x=(x, None), expert=(None, expert.unsqueeze(-1)), size=size)
+        return x, expert, to_edges(edge_index, size), size
 
     def reduce(self, x: Tensor, token: Tensor, weight: Tensor, ptr: Tensor, perm: Tensor) -> Tensor:
         """Weighted sum of the rows of each token, ``[N, D]``, without forming the rows.

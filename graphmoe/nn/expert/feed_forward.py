@@ -1,13 +1,16 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphmoe.nn.lazy import lazy_channels
 
+
+@lazy_channels
 class FeedForward(nn.Module):
     r"""The one-expert case, without routing:
     :math:`W^{down}(\mathrm{SiLU}(W^{gate}x) \odot W^{up}x)` or :math:`W^{down}\,\mathrm{GELU}(W^{up}x)`.
 
     Args:
-        in_channels: Channels ``D`` in and out.
+        in_channels: Channels ``D`` in and out; ``-1``: those of the first input.
         hidden_channels: Channels ``F`` inside.
         activation: ``swiglu`` or ``gelu``.
 

@@ -3,9 +3,11 @@ from torch import Tensor
 
 from graphmoe.errors import ConfigError
 from graphmoe.nn.expert.expert_conv import ExpertConv
+from graphmoe.nn.lazy import lazy_channels
 from graphmoe.ops import grouped_mlp
 
 
+@lazy_channels
 class IterativeExpert(ExpertConv):
     r"""An expert that applies its map several times to its own intermediate result (iterative reasoning
     loop).
@@ -62,9 +64,9 @@ class IterativeExpert(ExpertConv):
         steps = self.steps if steps is None else steps
         _check_steps(steps)
         if ptr is None or not self.fuse:
-            size = (x.size(0), expert.numel())
+            x, expert, edges, size = self.ends(x, edge_index, expert)
             return self.propagate(
-                edge_index, x=(x, None), expert=(None, expert.unsqueeze(-1)), steps=steps, size=size
+                edges, x=(x, None), expert=(None, expert.unsqueeze(-1)), steps=steps, size=size
             )
         weights, token = (self.gate_up_proj, self.down_proj, ptr), edge_index[0]
         # h + x is twice the token and what was added so far; the first pass gathers inside the kernel.

@@ -2,9 +2,11 @@ import torch
 from torch import Tensor, nn
 
 from graphmoe.errors import ConfigError
-from graphmoe.nn.fuse.sum_fusion import SumFusion
+from graphmoe.nn.fuse.sum_fusion import SumFusion, ends
+from graphmoe.nn.lazy import lazy_channels
 
 
+@lazy_channels
 class GatedFusion(nn.Module):
     r"""Returns rows and their mediator to a token through a gate and a projection:
 
@@ -18,7 +20,7 @@ class GatedFusion(nn.Module):
     Edges: row -> token, mediator -> token.
 
     Args:
-        channels: Channels ``D`` of a row and of a token.
+        channels: Channels ``D`` of a row and of a token; ``-1``: those of the first input.
         mediator: Whether there is one.
 
     Shapes:
@@ -53,6 +55,7 @@ class GatedFusion(nn.Module):
         mediator: Tensor | None = None,
         return_gate: bool = False,
     ):
+        x, edge_index, edge_weight, num_tokens = ends(x, edge_index, edge_weight, num_tokens)
         out, gate = self.sum(x, edge_index, edge_weight, num_tokens), None
         if (mediator is None) != (self.gate is None):
             expected = "none" if self.gate is None else "[N, D]"

@@ -1,9 +1,11 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphmoe.nn.fuse.sum_fusion import SumFusion
+from graphmoe.nn.fuse.sum_fusion import SumFusion, ends
+from graphmoe.nn.lazy import lazy_channels
 
 
+@lazy_channels
 class ProjectedFusion(nn.Module):
     r"""Returns the rows of a token to it through a projection:
 
@@ -16,7 +18,7 @@ class ProjectedFusion(nn.Module):
     Edges: row -> token.
 
     Args:
-        channels: Channels ``D`` of a row and of a token.
+        channels: Channels ``D`` of a row and of a token; ``-1``: those of the first input.
         eps: Added to the variance in LayerNorm.
 
     Shapes:
@@ -41,6 +43,7 @@ class ProjectedFusion(nn.Module):
         edge_weight: Tensor | None = None,
         num_tokens: int | None = None,
     ) -> Tensor:
+        x, edge_index, edge_weight, num_tokens = ends(x, edge_index, edge_weight, num_tokens)
         total = self.sum(x, edge_index, edge_weight, num_tokens)
         out = self.norm(F.gelu(self.lin(total)))
         if edge_index is not None:
