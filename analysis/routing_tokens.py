@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Patch
 
 from analysis import style
@@ -87,7 +87,7 @@ def token_label(text: str) -> str:
 @functools.cache
 def _glyphs() -> frozenset[int]:
     with style.look():
-        return frozenset(get_font(findfont("sans-serif")).get_charmap())
+        return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
 def _row_height(layers: int) -> float:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from tiny_model import tiny_model
+from tiny_transformers import OPTIONS, tiny
 
 from graphmoe.errors import CheckpointError, ConfigError
 from graphmoe.viz import visualize
@@ -60,3 +63,69 @@ def test_only_drawing_imports_matplotlib_and_never_pyplot_or_transformers(run: P
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.split("\n")[:2] == ["False", "set()"]
+
+
+ROUTED = ["routing_load", "routing_tokens", "routing_graph", "routing_decisions"]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_a_model_of_transformers_does_with_tokens(name, tmp_path):
+    model, ids = tiny(name), torch.randint(3, 60, (2, 14))
+    model.train()
+    report = visualize(model, input_ids=ids, out=tmp_path)
+    assert list(report) == ROUTED
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == set(ROUTED)
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert model.training
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    def __call__(self, text):
+        return {"input_ids": [ord(letter) - 60 for letter in text]}
+
+    def decode(self, ids):
+        return "".join(chr(number + 60) for number in ids)
+
+
+def test_texts_of_different_lengths_are_padded_and_padding_does_not_count():
+    model = tiny("mixtral")
+    report = visualize(model, text=["hello", "be"], tokenizer=Letters())
+    assert json.loads(report.record.meta["tokens"]) == list("hellobe")
+    alone = visualize(model, text="be", tokenizer=Letters())
+    first = report.record.records["routed_first"][report.record.records["routed_sequence"] == 1]
+    assert (first == alone.record.records["routed_first"]).all()
+
+
+def test_a_folder_of_a_model_and_one_of_ours(tmp_path):
+    model = tiny("olmoe")
+    model.save_pretrained(tmp_path / "olmoe")
+    ids = torch.randint(3, 60, (1, 9))
+    record = visualize(tmp_path / "olmoe", input_ids=ids).record
+    loads = visualize(model, input_ids=ids).record.records["routed_load"]
+    np.testing.assert_array_equal(record.records["routed_load"], loads)
+    assert list(visualize(tiny_model(num_experts_per_tok=2), input_ids=ids % 31)) == ROUTED
+
+
+def test_what_cannot_be_traced_is_one_typed_error(tmp_path):
+    ids = torch.randint(3, 60, (1, 9))
+    dense = tiny("llama")
+    with pytest.raises(ConfigError, match=r"nothing to trace.*LlamaForCausalLM"):
+        visualize(dense, input_ids=ids)
+    with pytest.raises(ConfigError, match="text: a model shows what it does with an input"):
+        visualize(tiny("mixtral"))
+    with pytest.raises(ConfigError, match="tokenizer: a text needs a tokenizer"):
+        visualize(tiny("mixtral"), text="hello")
+    with pytest.raises(ConfigError, match="text and input_ids are two inputs"):
+        visualize(tiny("mixtral"), text="hello", input_ids=ids)
+    with pytest.raises(ConfigError, match="text: no token in a text"):
+        visualize(tiny("mixtral"), text=[], tokenizer=Letters())
+    tiny("mixtral").save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="tokenizer: no tokenizer that can be read here"):
+        visualize(tmp_path / "model", text="hello")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="no model that can be read here"):
+        visualize(tmp_path / "model", input_ids=ids)
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        visualize(tmp_path / "nothing", input_ids=ids)

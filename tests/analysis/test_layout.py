@@ -70,6 +70,8 @@ def test_a_diverged_run_is_still_drawn(tmp_path: Path):
     lines = [json.dumps({"kind": "train", "step": step, "loss": float("nan"), "lr": 0.1}) for step in (1, 2)]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     report = Report(read(change(run, **bad)))
-    assert list(report) == [plot.__name__ for plot in analysis.PLOTS]
+    # All of a run; what a traced pass of a model is drawn as is not among them.
+    assert list(report) == [plot.__name__ for plot, fits in analysis.PLOTS.items() if fits(record)]
+    assert len(report) > 10
     for figure in report.values():
         figure.draw_without_rendering()
