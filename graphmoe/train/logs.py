@@ -55,6 +55,8 @@ class RecordLog(Callback):
         if state.step == 0 or not (state.run_dir / "records.safetensors").exists():
             return
         old = {k: torch.from_numpy(v) for k, v in checkpoint.read(state.run_dir).records.items()}
+        if "step" not in old:  # nothing but final arrays
+            return
         keep = int((old["step"] <= state.step).sum())
         self.series = {k: list(v[:keep]) for k, v in old.items() if not _is_static(k)}
 
@@ -124,7 +126,7 @@ class RecordLog(Callback):
     def write(
         self, state: TrainState, model: nn.Module, *, final: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Write what is recorded so far, on the main rank; nothing without a row.
+        """Write what is recorded so far, on the main rank; nothing without a row and ``final`` arrays.
 
         Args:
             final: Arrays ``final_...`` without an axis of steps, such as those of
@@ -138,7 +140,7 @@ class RecordLog(Callback):
         for name in final:
             if not name.startswith("final_"):
                 raise ConfigError("array without steps has the name of a series", "final", "final_...", name)
-        if not self.series or not state.accelerator.is_main_process:
+        if not (self.series or final) or not state.accelerator.is_main_process:
             return
         tensors = {key: torch.stack(rows) for key, rows in self.series.items()} | final
         for layer in moe_layers(model)[:1]:
