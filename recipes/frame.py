@@ -41,19 +41,19 @@ class Job(ABC):
         dataset: Name of the data.
         fingerprint: Identifies the data: all processes and a resumed run must have the same.
         records: What the model's experts did over time, from :meth:`hooks` on.
+        setup: What is to be done with the optimiser before the first step, if anything; from :meth:`hooks` on.
+        scored: What :meth:`score` found.
     """
 
     model: PreTrainedModel
     dataset: str
     fingerprint: str | dict
     records: RecordLog
+    setup: Callable[[torch.optim.Optimizer], None] | None = None
+    scored: dict[str, float | None]
 
     def __init__(self, config: RunConfig, recipe: str):
         self.config, self.recipe = config, recipe
-
-    @classmethod
-    def check(cls, config: RunConfig) -> None:
-        """Refuse settings that cannot be used together, before anything is read."""
 
     @abstractmethod
     def batch(self, index: int, size: int, slots: slice) -> dict:
@@ -122,11 +122,9 @@ class Job(ABC):
             on.Progress(evaluation=check),
         ]
 
-    def setup(self, optimizer: torch.optim.Optimizer) -> None:
-        """What is to be done with the optimiser before the first step."""
-
-    def score(self, state: TrainState) -> None:
-        """Score what it takes all processes to score, after training and before :meth:`conclude`."""
+    def score(self, state: TrainState) -> dict[str, float | None]:
+        """Figures that it takes all processes to find, kept in ``scored`` for :meth:`conclude`."""
+        return {}
 
     def final_records(self, state: TrainState) -> dict[str, Tensor]:
         """Arrays ``final_...`` of the trained model, for pictures. Called in the main process, before
@@ -153,7 +151,6 @@ def train(
         What stands in ``result.json``; nothing in processes other than the main one.
     """
     began = time.perf_counter()
-    getattr(job_class, "check", lambda config: None)(config)
     accelerator = make_accelerator(config)
     main = accelerator.is_main_process
     with together(accelerator):
@@ -176,17 +173,18 @@ def train(
         start = from_main(accelerator, start.name if start else "")
         counts = "{params_total:,} parameters, {params_active:,} active per token".format(**size)
         say(f"model: {counts}; run: {run_dir}")
+        hooks = job.hooks(run_dir, accelerator)
         state = fit(
             job.model,
             job.batch,
             config,
             run_dir,
-            callbacks=job.hooks(run_dir, accelerator),
+            callbacks=hooks,
             setup=job.setup,
             resume_from=run_dir / start if start else None,
             accelerator=accelerator,
         )
-        job.score(state)
+        job.scored = job.score(state)
         with together(accelerator):
             if main:
                 final = job.final_records(state)
