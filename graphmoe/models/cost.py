@@ -49,7 +49,8 @@ def forward_flops(model: nn.Module, length: int) -> int:
             total += 2 * module.router.weight.numel() + _expert_flops(module)
             if isinstance(module.router, ContextualRouter):
                 # Linear maps were counted for one row by the first branch.
-                total += (_served(module) - 1) * _maps(module.router) + _mixing(module, _served(module))
+                rows = _served(module)
+                total += (rows - 1) * _maps(module.router.attention) + _mixing(module, rows)
             total += sum(_coupling_flops(module, conv) for conv in module.couplers)
     return total
 

@@ -66,6 +66,7 @@ class MoELayer(nn.Module):
             ``expert_choice``, by the experts, who take exactly their share of the nodes and must see all of
             them; or ``threshold``, its form that does not look at other nodes. A node then has ``k`` experts
             in the mean only.
+        router_hidden_channels: Channels of a hidden layer of the router. ``None``: its scores are linear.
         router_kwargs: Further arguments of the router, such as ``{"temperature": 0.5}`` or ``{"bias":
             True}``.
         capacity_factor: In training, drop what an expert is given beyond its share times this factor: see
@@ -116,6 +117,7 @@ class MoELayer(nn.Module):
         num_shared_experts: int = 0,
         reasoning_steps: int = 0,
         router: str = "topk",
+        router_hidden_channels: int | None = None,
         router_kwargs: Mapping | None = None,
         capacity_factor: float | None = None,
         coupling: str = "none",
@@ -162,7 +164,8 @@ class MoELayer(nn.Module):
         self.coupling, self.capacity_factor = coupling, capacity_factor
         self.track_outputs = track_outputs or coupling != "none" or num_ghosts > 0
         self.track_attention = False
-        options = {"scale": routed_scaling_factor, **(router_kwargs or {})}
+        options = {"scale": routed_scaling_factor, "hidden_channels": router_hidden_channels}
+        options |= router_kwargs or {}
         self.router = resolve_router(router, in_channels, total, self.k, **options)
         hidden_channels = hidden_channels or 4 * in_channels
         sizes = (in_channels, hidden_channels, total)

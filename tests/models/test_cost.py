@@ -4,7 +4,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM
 from graphmoe.models.cost import forward_flops
-from graphmoe.nn import edge_form
+from graphmoe.nn import MoELayer, edge_form
 
 TOKENS = 12
 
@@ -57,3 +57,10 @@ def test_coupling_costs_arithmetic_that_its_parameters_do_not_show():
     plain, coupled = build(), build(coupling="hyper")
     extra = coupled.num_active_parameters() - plain.num_active_parameters()
     assert forward_flops(coupled, 8) - forward_flops(plain, 8) > 2 * extra
+
+
+@pytest.mark.parametrize("router", ["topk", "contextual"])
+def test_a_hidden_layer_of_the_router_is_passed_once(router):
+    plain = forward_flops(MoELayer(16, 4, 2, router=router), 8)
+    hidden = forward_flops(MoELayer(16, 4, 2, router=router, router_hidden_channels=5), 8)
+    assert hidden - plain == 2 * (16 * 5 + 5 * 4 - 16 * 4)

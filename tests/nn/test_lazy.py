@@ -66,6 +66,7 @@ LAYERS = {
     "moe, contextual": (mixture(router="contextual", reasoning_steps=2), alone),
     "moe, expert choice": (mixture(router="expert_choice", num_shared_experts=1), alone),
     "moe, threshold": (mixture(router="threshold"), alone),
+    "moe, hidden router": (mixture(router_hidden_channels=5, router="contextual"), alone),
     "moe, bias": (mixture(router_kwargs={"bias": True, "scoring_func": "sigmoid"}), alone),
     "experts": (lambda c: ExpertConv(c, 10, 4), on_routes),
     "iterative": (lambda c: IterativeExpert(c, 10, 4, steps=3), on_routes),

@@ -28,7 +28,7 @@ class ContextualRouter(Router):
         num_experts: ``E``.
         k: Experts a token is left with, ``1 <= k <= E``.
         heads: Attention heads; must divide ``D``.
-        scale, temperature, noise_std, scoring_func, norm_topk_prob: As in :class:`TopKRouter`.
+        **options: Of :class:`~graphmoe.nn.route.Router`.
 
     Shapes:
         - **input:** ``x [N, E, D]``, the outputs of all experts, and ``mask``, ``offset``, ``batch`` as in
@@ -36,7 +36,8 @@ class ContextualRouter(Router):
         - **output:** :class:`~graphmoe.typing.Routing` of ``N * k`` edges.
 
     Raises:
-        ConfigError: ``k`` outside ``[1, E]``, heads that do not divide ``D``, or as :class:`TopKRouter`.
+        ConfigError: ``k`` outside ``[1, E]``, heads that do not divide ``D``, or as
+            :class:`~graphmoe.nn.route.Router`.
     """
 
     def __init__(
@@ -46,22 +47,9 @@ class ContextualRouter(Router):
         k: int,
         *,
         heads: int = 4,
-        scale: float = 1.0,
-        temperature: float = 1.0,
-        noise_std: float = 0.0,
-        scoring_func: str = "softmax",
-        norm_topk_prob: bool = True,
+        **options,
     ):
-        super().__init__(
-            in_channels,
-            num_experts,
-            k,
-            scale=scale,
-            temperature=temperature,
-            noise_std=noise_std,
-            scoring_func=scoring_func,
-            norm_topk_prob=norm_topk_prob,
-        )
+        super().__init__(in_channels, num_experts, k, **options)
         self.identity = nn.Parameter(torch.empty(num_experts, in_channels))
         self.attention = RowAttention(in_channels, heads)
         self.norm = nn.RMSNorm(in_channels, eps=1e-6)

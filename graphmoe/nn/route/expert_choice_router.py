@@ -28,11 +28,8 @@ class ExpertChoiceRouter(Router):
         num_experts: ``E``.
         k: Edges a token in the mean, ``1 <= k <= E``: what ``capacity_factor`` is if it is not given.
         capacity_factor: Edges a token in the mean where it is no whole number, in ``(0, E]``.
-        scale: :math:`s > 0`.
-        temperature: :math:`T > 0`.
-        noise_std: Standard deviation of the noise, in training.
-        scoring_func: ``softmax`` over experts, or ``sigmoid``.
         norm_topk_prob: Whether the weights of a token that is chosen sum to ``s``.
+        **options: Of :class:`~graphmoe.nn.route.Router`.
 
     Shapes:
         - **input:** ``x [N, D]``, ``mask [N]`` bool (False: nobody may take this token, and ``N`` counts the
@@ -43,7 +40,7 @@ class ExpertChoiceRouter(Router):
 
     Raises:
         ConfigError: A ``capacity_factor`` outside ``(0, E]``, an ``offset`` (experts that sleep would keep
-            their share), or as :class:`~graphmoe.nn.route.TopKRouter`.
+            their share), or as :class:`~graphmoe.nn.route.Router`.
     """
 
     causal = False
@@ -55,22 +52,10 @@ class ExpertChoiceRouter(Router):
         k: int,
         *,
         capacity_factor: float | None = None,
-        scale: float = 1.0,
-        temperature: float = 1.0,
-        noise_std: float = 0.0,
-        scoring_func: str = "softmax",
         norm_topk_prob: bool = False,
+        **options,
     ):
-        super().__init__(
-            in_channels,
-            num_experts,
-            k,
-            scale=scale,
-            temperature=temperature,
-            noise_std=noise_std,
-            scoring_func=scoring_func,
-            norm_topk_prob=norm_topk_prob,
-        )
+        super().__init__(in_channels, num_experts, k, norm_topk_prob=norm_topk_prob, **options)
         if capacity_factor is None:
             capacity_factor = k
         if not 0 < capacity_factor <= num_experts:

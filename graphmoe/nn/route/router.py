@@ -95,11 +95,31 @@ def pick(logits: Tensor, expert: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """What routers share: a linear map from what they look at to a score of each expert.
+    r"""What routers share: from what they look at to a score of each expert, and from scores to weights.
+
+    .. math::
+        z = W x / T + \varepsilon, \qquad\text{or}\qquad z = W\,\mathrm{ReLU}(W_1 x + b_1) / T + \varepsilon
+
+    with ``hidden_channels``, and Gaussian noise :math:`\varepsilon` in training only.
+
+    Args:
+        in_channels: Channels ``D`` of what is looked at.
+        num_experts: ``E``.
+        k: Edges a token, ``1 <= k <= E``.
+        hidden_channels: Channels of a hidden layer. ``None``: scores are linear.
+        scale: What the weights of a token sum to, :math:`s > 0`, or what they are multiplied with.
+        temperature: :math:`T > 0`: below 1 weights are sharper, above 1 more even.
+        noise_std: Standard deviation of the noise.
+        scoring_func: ``softmax`` over experts, or ``sigmoid``.
+        norm_topk_prob: Whether the weights of a token sum to ``s``.
 
     Attributes:
         causal: Whether the edges of a token depend on that token alone. A router that is not causal may
             not be put into a model that must not see the future.
+
+    Raises:
+        ConfigError: ``k`` outside ``[1, E]``, ``hidden_channels`` below 1, ``scale`` or ``temperature`` not
+            positive, negative noise, an unknown scoring function.
     """
 
     causal = True
@@ -110,6 +130,7 @@ class Router(nn.Module):
         num_experts: int,
         k: int,
         *,
+        hidden_channels: int | None = None,
         scale: float = 1.0,
         temperature: float = 1.0,
         noise_std: float = 0.0,
@@ -118,6 +139,9 @@ class Router(nn.Module):
     ):
         if not 1 <= k <= num_experts:
             raise ConfigError("k must not exceed the number of experts", "k", f"1 <= k <= {num_experts}", k)
+        if hidden_channels is not None and hidden_channels < 1:
+            what, where = "a hidden layer without channels", "router_hidden_channels"
+            raise ConfigError(what, where, "at least 1, or None", hidden_channels)
         if not 0 < scale < float("inf"):
             raise ConfigError("weights need a positive scale", "routed_scaling_factor", "> 0", scale)
         if not 0 < temperature < float("inf"):
@@ -131,17 +155,25 @@ class Router(nn.Module):
         self.in_channels, self.num_experts, self.k, self.scale = in_channels, num_experts, k, scale
         self.temperature, self.noise_std = temperature, noise_std
         self.scoring_func, self.norm_topk_prob = scoring_func, norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(num_experts, in_channels))
+        self.hidden = None if hidden_channels is None else nn.Linear(in_channels, hidden_channels)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_channels or in_channels))
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.in_channels**-0.5)
+        if self.hidden is not None:
+            # Scores of a normalised token start as large as without the layer: a ReLU halves the power.
+            nn.init.kaiming_normal_(self.hidden.weight, nonlinearity="relu")
+            nn.init.zeros_(self.hidden.bias)
+        nn.init.normal_(self.weight, std=self.weight.size(1) ** -0.5)
 
     def scores(self, x: Tensor, offset: Tensor | None) -> Tensor:
         """Logits ``[N, E]`` in at least fp32 whatever autocast says: in bf16 up to 2 % of tokens
         would be sent to another expert."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+            x = x.to(dtype)
+            if self.hidden is not None:
+                x = F.linear(x, self.hidden.weight.to(dtype), self.hidden.bias.to(dtype)).relu()
+            logits = F.linear(x, self.weight.to(dtype))
         if self.temperature != 1.0:
             logits = logits / self.temperature
         if self.training and self.noise_std > 0:
@@ -181,7 +213,10 @@ class Router(nn.Module):
         return sort_routes(expert, self.weigh(value, logits) * present, logits)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.in_channels}, num_experts={self.num_experts}, k={self.k})"
+        hidden = "" if self.hidden is None else f", hidden_channels={self.hidden.out_features}"
+        return (
+            f"{type(self).__name__}({self.in_channels}, num_experts={self.num_experts}, k={self.k}{hidden})"
+        )
 
 
 def largest(scores: Tensor, k: int) -> Tensor:

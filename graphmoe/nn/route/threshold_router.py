@@ -32,12 +32,9 @@ class ThresholdRouter(Router):
         in_channels: Channels ``D`` of a token.
         num_experts: ``E``.
         k: Edges a token in the mean, ``1 <= k <= E``.
-        scale: :math:`s > 0`.
-        temperature: :math:`T > 0`.
-        noise_std: Standard deviation of the noise, in training.
-        scoring_func: ``softmax`` or ``sigmoid``.
-        norm_topk_prob: Whether the weights of a token sum to ``s``.
         decay: :math:`\beta` in [0, 1).
+        norm_topk_prob: Whether the weights of a token sum to ``s``.
+        **options: Of :class:`~graphmoe.nn.route.Router`.
 
     Shapes:
         - **input:** ``x [N, D]``, ``mask``, ``offset`` and ``batch`` as in
@@ -45,7 +42,7 @@ class ThresholdRouter(Router):
         - **output:** :class:`~graphmoe.typing.Routing` of ``N * E`` edges, those under the threshold absent.
 
     Raises:
-        ConfigError: ``decay`` outside [0, 1), or as :class:`~graphmoe.nn.route.TopKRouter`.
+        ConfigError: ``decay`` outside [0, 1), or as :class:`~graphmoe.nn.route.Router`.
     """
 
     def __init__(
@@ -54,25 +51,13 @@ class ThresholdRouter(Router):
         num_experts: int,
         k: int,
         *,
-        scale: float = 1.0,
-        temperature: float = 1.0,
-        noise_std: float = 0.0,
-        scoring_func: str = "softmax",
-        norm_topk_prob: bool = False,
         decay: float = 0.9,
+        norm_topk_prob: bool = False,
+        **options,
     ):
         if not 0 <= decay < 1:
             raise ConfigError("thresholds would never move, or run away", "decay", ">= 0 and < 1", decay)
-        super().__init__(
-            in_channels,
-            num_experts,
-            k,
-            scale=scale,
-            temperature=temperature,
-            noise_std=noise_std,
-            scoring_func=scoring_func,
-            norm_topk_prob=norm_topk_prob,
-        )
+        super().__init__(in_channels, num_experts, k, norm_topk_prob=norm_topk_prob, **options)
         self.decay = decay
         self.register_buffer("threshold", torch.zeros(num_experts))
         self.register_buffer("observed", torch.zeros((), dtype=torch.long))

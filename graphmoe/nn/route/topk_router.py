@@ -34,13 +34,10 @@ class TopKRouter(Router):
         in_channels: Channels ``D`` of a token.
         num_experts: ``E``.
         k: Edges a token, ``1 <= k <= E``.
-        scale: What the weights of a token sum to, :math:`s > 0`, or what they are multiplied with.
-        temperature: :math:`T > 0`: below 1 weights are sharper, above 1 more even.
-        noise_std: Standard deviation of the noise.
-        scoring_func: ``softmax`` or ``sigmoid``.
-        norm_topk_prob: Whether the weights of a token sum to ``s``.
         bias: Whether to balance by :math:`b`.
         bias_rate: :math:`u > 0`, in units of the scores.
+        **options: ``hidden_channels``, ``scale``, ``temperature``, ``noise_std``, ``scoring_func`` and
+            ``norm_topk_prob`` of :class:`~graphmoe.nn.route.Router`.
 
     Shapes:
         - **input:** ``x [N, D]``, ``mask [N]`` bool (False: no edges), ``offset [E]`` added to the
@@ -49,8 +46,7 @@ class TopKRouter(Router):
         - **output:** :class:`~graphmoe.typing.Routing` of ``N * k`` edges.
 
     Raises:
-        ConfigError: ``k`` outside ``[1, E]``, ``scale``, ``temperature`` or ``bias_rate`` not positive,
-            negative noise, an unknown scoring function.
+        ConfigError: ``bias_rate`` not positive, or as :class:`~graphmoe.nn.route.Router`.
     """
 
     def __init__(
@@ -59,26 +55,13 @@ class TopKRouter(Router):
         num_experts: int,
         k: int,
         *,
-        scale: float = 1.0,
-        temperature: float = 1.0,
-        noise_std: float = 0.0,
-        scoring_func: str = "softmax",
-        norm_topk_prob: bool = True,
         bias: bool = False,
         bias_rate: float = 1e-3,
+        **options,
     ):
         if not 0 < bias_rate < float("inf"):
             raise ConfigError("a bias moves by some amount", "router_bias_rate", "> 0", bias_rate)
-        super().__init__(
-            in_channels,
-            num_experts,
-            k,
-            scale=scale,
-            temperature=temperature,
-            noise_std=noise_std,
-            scoring_func=scoring_func,
-            norm_topk_prob=norm_topk_prob,
-        )
+        super().__init__(in_channels, num_experts, k, **options)
         self.bias_rate = bias_rate
         self.register_buffer("bias_steps", torch.zeros(num_experts, dtype=torch.long) if bias else None)
         self.reset_parameters()
@@ -127,27 +110,8 @@ class DenseRouter(Router):
     there is no choice.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_experts: int,
-        *,
-        scale: float = 1.0,
-        temperature: float = 1.0,
-        noise_std: float = 0.0,
-        scoring_func: str = "softmax",
-        norm_topk_prob: bool = True,
-    ):
-        super().__init__(
-            in_channels,
-            num_experts,
-            num_experts,
-            scale=scale,
-            temperature=temperature,
-            noise_std=noise_std,
-            scoring_func=scoring_func,
-            norm_topk_prob=norm_topk_prob,
-        )
+    def __init__(self, in_channels: int, num_experts: int, **options):
+        super().__init__(in_channels, num_experts, num_experts, **options)
         self.reset_parameters()
 
     def forward(
