@@ -26,6 +26,9 @@ COUPLES = (EXPERT, "couples", EXPERT)
 JOINS = (EXPERT, "joins", HYPEREDGE)
 SPREADS = (HYPEREDGE, "spreads", EXPERT)
 RETURNS = (EXPERT, "returns", TOKEN)
+WRITES = (TOKEN, "writes", SLOT)
+ANSWERS = (SLOT, "answers", TOKEN)
+PRECEDES = (SLOT, "precedes", SLOT)
 
 NEVER = -1e4
 """Router logit of an edge that must not exist: finite, and exactly 0 after a softmax in fp32."""
@@ -109,4 +112,34 @@ class Record(NamedTuple):
     residual_mean: Tensor | None = None
     overflow: Tensor | None = None
     gate: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class MemoryState(NamedTuple):
+    """What a memory holds after some steps of each sequence; going on from it is one long sequence.
+
+    Attributes:
+        slots: Contents, ``[B, S, F]``.
+        steps: Tokens that each sequence has passed, ``[B]`` int64.
+    """
+
+    slots: Tensor
+    steps: Tensor
+
+
+class MemoryRecord(NamedTuple):
+    """What one memory layer did in one forward pass.
+
+    Attributes:
+        routing: The edges ``token -> slot`` of ``N = B * T`` tokens; a slot is what elsewhere is an expert.
+            A token reads and writes along the same ones.
+        read: Attention of each token to its slots, ``[N, heads, k]`` in the order of its edges; 0 for an
+            absent one.
+        gate: How much each token wrote, ``[N]`` in [0, 1]: 0 for one that may not write.
+        mask: Tokens that take part, ``[N]`` bool, or ``None`` where all do.
+    """
+
+    routing: Routing
+    read: Tensor
+    gate: Tensor
     mask: Tensor | None = None

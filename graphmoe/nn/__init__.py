@@ -10,6 +10,8 @@ from graphmoe.nn.expert import (
     OrthogonalityStrength,
 )
 from graphmoe.nn.fuse import GatedFusion, ProjectedFusion, SumFusion
+from graphmoe.nn.memory import MemoryBank, ReadConv, WriteConv
+from graphmoe.nn.memory_layer import MemoryLayer
 from graphmoe.nn.moe import MoELayer, moe_layers
 from graphmoe.nn.norm import RMSNorm
 from graphmoe.nn.route import (
@@ -36,14 +38,18 @@ __all__ = [
     "GhostGate",
     "HyperCoupleConv",
     "IterativeExpert",
+    "MemoryBank",
+    "MemoryLayer",
     "MoELayer",
     "OrthogonalityStrength",
     "ProjectedFusion",
     "RMSNorm",
+    "ReadConv",
     "RowAttention",
     "SumFusion",
     "ThresholdRouter",
     "TopKRouter",
+    "WriteConv",
     "edge_form",
     "limit_capacity",
     "moe_layers",
