@@ -1,32 +1,23 @@
 """What the recipes that classify texts share: training, scores, routing and pictures of one model."""
 
 import math
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers.utils import logging as transformers_logging
+from torch import nn
 
-from graphmoe import checkpoint, visualize
+from graphmoe import checkpoint
 from graphmoe.data.labelled_batches import LabelledBatch
 from graphmoe.errors import CheckpointError, ConfigError
-from graphmoe.models import GraphMoEForSequenceClassification, load
+from graphmoe.models import load
 from graphmoe.models.cost import mean_flops
-from graphmoe.train import callbacks as on
 from graphmoe.train.classify import answers, routing_summary, score_texts
-from graphmoe.train.config import exit_code, open_run, parse
-from graphmoe.train.logs import RecordLog
-from graphmoe.train.loop import Every, fit
-from graphmoe.train.ranks import from_main, launched_rank, leave, make_accelerator, require_equal, together
-from graphmoe.train.routing import RouterBalance
-from graphmoe.train.tracking import TrackedLog, start_tracker
-from recipes import comparison
+from graphmoe.train.loop import TrainState
+from recipes import comparison, frame
 from recipes.classification_config import ClassifierConfig, EncodedText, build_model, read_texts
-from recipes.language_model import prepare
-from recipes.reporting import peak_rss_mb, say, speed
+from recipes.reporting import say, speed
 
 EVAL_BATCH = 64
 """Texts scored at once."""
@@ -34,110 +25,74 @@ EVAL_BATCH = 64
 
 def main(config_class: type, argv: Sequence[str] | None, *, recipe: str, description: str) -> int:
     """Run a recipe's command line and return its exit code."""
-    transformers_logging.disable_progress_bar()
-
-    def command(argv: Sequence[str] | None) -> None:
-        config = parse(config_class, argv, prog=f"python -m recipes.{recipe}", description=description)
-        if config.num_threads:
-            torch.set_num_threads(config.num_threads)
-        if config.evaluate is None:
-            train(config, recipe)
-        elif launched_rank() == 0:
-            evaluate(config)
-
-    code = exit_code(command, argv)
-    leave()
-    return code
+    return frame.main(config_class, argv, recipe=recipe, description=description, job=ClassifierJob)
 
 
 def train(
     config: ClassifierConfig, recipe: str, *, texts: EncodedText | None = None, pictures: bool = True
 ) -> dict:
-    """Train, score and draw one classifier; returns its result.
-
-    Of the checkpoints that are kept, the one with the least validation loss is scored on the test part, on
-    which nothing is chosen. Under a launcher such as torchrun all its processes call this.
+    """Train, score and draw one classifier, see :func:`recipes.frame.train`.
 
     Args:
         config: The flags.
         recipe: Name that the run carries.
         texts: Data already at hand; by default those that the flags name.
         pictures: Whether to draw plots and the report.
-
-    Returns:
-        What stands in ``result.json``; nothing in processes other than the main one.
     """
-    began = time.perf_counter()
-    accelerator = make_accelerator(config)
-    main = accelerator.is_main_process
-    with together(accelerator):
-        if main:
-            open_run(config, dry=True)
-    with together(accelerator):
+    return frame.train(ClassifierJob, config, recipe, pictures=pictures, texts=texts)
+
+
+class ClassifierJob(frame.Job):
+    """A classifier of texts.
+
+    Of the checkpoints that are kept, the one with the least validation loss is scored on the test part, on
+    which nothing is chosen.
+    """
+
+    def __init__(self, config: ClassifierConfig, recipe: str, *, texts: EncodedText | None = None):
+        super().__init__(config, recipe)
         if texts is None:
             texts = read_texts(config)
             say(f"texts: {texts.describe()}")
-        model = build_model(config, texts)
-    require_equal(accelerator, "texts", texts.fingerprint)
-    size = {
-        "params_total": sum(p.numel() for p in model.parameters()),
-        "params_active": model.num_active_parameters(),
-        "flops_per_token": mean_flops(model, texts.lengths),
-    }
-    run_dir = Path(config.out_dir) / config.run_name
-    with ExitStack() as opened:
-        start, result = None, {}
-        with together(accelerator):
-            if main:
-                open_run(config)
-                opened.enter_context(checkpoint.RunLock(run_dir))
-                start = prepare(config, recipe, run_dir, texts)
-                start_tracker(accelerator, config)
-        start = from_main(accelerator, start.name if start else "")
-        counts = "{params_total:,} parameters, {params_active:,} active per token".format(**size)
-        say(f"model: {counts}; run: {run_dir}")
-        callbacks, records = hooks(config, recipe, run_dir, model, texts)
-        batches = texts.batches("train", config.seed)
-        state = fit(
-            model,
-            lambda index, count, slots: classifier_batch(batches.batch(index, count, slots)),
-            config,
-            run_dir,
-            callbacks=callbacks,
-            resume_from=run_dir / start if start else None,
-            accelerator=accelerator,
-        )
-        with together(accelerator):
-            if main:
-                best, validation = best_checkpoint(run_dir)
-                chosen = load(best).to(accelerator.device)
-                losses, right, routes = answers(chosen, texts.batches("test").sequential(EVAL_BATCH))
-                metrics = {"accuracy": right.double().mean().item(), "loss": losses.mean().item()}
-                metrics["tokens_per_second"] = speed(run_dir)
-                result = {"recipe": recipe, "metrics": metrics, "validation": validation}
-                result |= references(texts) | size
-                result |= {
-                    "seconds": 0.0,
-                    "steps": state.step,
-                    "best_step": validation["step"],
-                    "peak_rss_mb": peak_rss_mb(),
-                    "seed": config.seed,
-                    "dataset": texts.data.name,
-                    "test_texts": len(right),
-                    "device": str(accelerator.device),
-                    "processes": accelerator.num_processes,
-                    "versions": checkpoint.versions(),
-                }
-                if routes:
-                    result["experts"] = routing_summary(chosen, routes) | records.summary()
-                result["seconds"] = time.perf_counter() - began
-                checkpoint.write_json(run_dir / "result.json", result)
-                if pictures:
-                    visualize(run_dir, out=run_dir)
-    if main:
+        self.texts, self.dataset, self.fingerprint = texts, texts.data.name, texts.fingerprint
+        self.model = build_model(config, texts)
+        self.train_part = texts.batches("train", config.seed)
+        self.validation_part = texts.batches("validation")
+
+    def size(self) -> dict[str, int]:
+        return super().size() | {"flops_per_token": mean_flops(self.model, self.texts.lengths)}
+
+    def batch(self, index: int, size: int, slots: slice) -> dict:
+        return classifier_batch(self.train_part.batch(index, size, slots))
+
+    def facts(self) -> dict[str, object]:
+        config = self.config
+        return {"k": config.top_k, "num_experts": config.num_experts, "coupling": "none", "num_ghosts": 0}
+
+    def extras(self) -> tuple:
+        return (self.texts.tokenizer.save_pretrained,)
+
+    def score_model(self, model: nn.Module) -> dict[str, float | None]:
+        return score_texts(model, self.validation_part.sequential(EVAL_BATCH))
+
+    def conclude(self, state: TrainState) -> dict:
+        best, validation = best_checkpoint(state.run_dir)
+        chosen = load(best).to(state.accelerator.device)
+        losses, right, routes = answers(chosen, self.texts.batches("test").sequential(EVAL_BATCH))
+        metrics = {"accuracy": right.double().mean().item(), "loss": losses.mean().item()}
+        metrics["tokens_per_second"] = speed(state.run_dir)
+        result = {"metrics": metrics, "validation": validation} | references(self.texts)
+        result |= {"best_step": validation["step"], "test_texts": len(right)}
+        if routes:
+            result["experts"] = routing_summary(chosen, routes) | self.records.summary()
+        return result
+
+    def report(self, result: dict) -> None:
         report(result)
-        say(f"checkpoint{', plots and report.html' if pictures else ''}: {run_dir}")
-    return result
+
+    @classmethod
+    def evaluate(cls, config: ClassifierConfig, recipe: str) -> None:
+        evaluate(config)
 
 
 def best_checkpoint(run_dir: Path) -> tuple[Path, dict[str, float]]:
@@ -163,36 +118,6 @@ def references(texts: EncodedText) -> dict[str, dict]:
         "majority": {"name": "majority class", "accuracy": texts.data.majority()},
         "chance": {"accuracy": 1 / classes, "loss": math.log(classes)},
     }
-
-
-def hooks(
-    config: ClassifierConfig,
-    recipe: str,
-    run_dir: Path,
-    model: GraphMoEForSequenceClassification,
-    texts: EncodedText,
-) -> tuple[list[on.Callback], RecordLog]:
-    """The callbacks of a run, in the order in which they act after a step; the records among them."""
-    facts = {"recipe": recipe, "k": config.top_k, "num_experts": config.num_experts}
-    records = RecordLog(facts | {"coupling": "none", "num_ghosts": 0})
-    log = TrackedLog(run_dir, dtype="bf16" if config.bf16 else "fp32")
-    held = texts.batches("validation")
-    check = on.Evaluate(lambda m: score_texts(m, held.sequential(EVAL_BATCH)), log)
-    save = on.Save(
-        records=records,
-        extras=(texts.tokenizer.save_pretrained,),
-        keep=config.keep_checkpoints,
-        facts={"corpus": texts.fingerprint},
-    )
-    callbacks = [
-        RouterBalance(model),
-        Every(config.log_every, on.Unsharded(records)),
-        Every(config.log_every, log),
-        Every(config.eval_every, check),
-        Every(config.save_every, save),
-        on.Progress(evaluation=check),
-    ]
-    return callbacks, records
 
 
 def classifier_batch(batch: LabelledBatch) -> dict[str, torch.Tensor | bool]:

@@ -41,7 +41,7 @@ class Job(ABC):
         dataset: Name of the data.
         fingerprint: Identifies the data: all processes and a resumed run must have the same.
         records: What the model's experts did over time, from :meth:`hooks` on.
-        setup: What is to be done with the optimiser before the first step, if anything; from :meth:`hooks` on.
+        setup: What is done with the optimiser before the first step, if anything; from :meth:`hooks` on.
         scored: What :meth:`score` found.
     """
 

@@ -277,11 +277,11 @@ def changes_below(folder):
 
 def one_rank(out):
     """What each of two processes does, and what it leaves in ``out``."""
-    from recipes import language_model
+    from recipes import frame
 
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    language_model.leave = lambda: None  # one group for all that follows
+    frame.leave = lambda: None  # one group for all that follows
     torch.set_default_dtype(torch.float64)
     found = compare_runs(out, rank)
     order_of_data(out, rank)
