@@ -14,20 +14,38 @@ from graphmoe.checkpoint import latest
 from graphmoe.errors import CheckpointError
 from graphmoe.models.causal_lm import GraphMoEForCausalLM, GraphMoEModel
 from graphmoe.models.configuration import GraphMoEConfig
+from graphmoe.models.memory_transformer import MemoryTransformer, PrototypicalNetwork
+from graphmoe.models.memory_transformer_configuration import MemoryTransformerConfig
 from graphmoe.models.sequence_classification import GraphMoEForSequenceClassification
 
 AutoConfig.register("graphmoe", GraphMoEConfig)
 AutoModel.register(GraphMoEConfig, GraphMoEModel)
 AutoModelForCausalLM.register(GraphMoEConfig, GraphMoEForCausalLM)
 AutoModelForSequenceClassification.register(GraphMoEConfig, GraphMoEForSequenceClassification)
+AutoConfig.register("graphmoe_memory_transformer", MemoryTransformerConfig)
+AutoModel.register(MemoryTransformerConfig, MemoryTransformer)
 
 __all__ = [
     "GraphMoEConfig",
     "GraphMoEForCausalLM",
     "GraphMoEForSequenceClassification",
     "GraphMoEModel",
+    "MemoryTransformer",
+    "MemoryTransformerConfig",
+    "PrototypicalNetwork",
     "load",
 ]
+
+_CLASSES = {
+    cls.__name__: cls
+    for cls in (
+        GraphMoEForCausalLM,
+        GraphMoEForSequenceClassification,
+        MemoryTransformer,
+        PrototypicalNetwork,
+    )
+}
+"""What :func:`load` can build, by the name that stands in ``config.json``."""
 
 
 def load(path: str | Path) -> PreTrainedModel:
@@ -40,8 +58,6 @@ def load(path: str | Path) -> PreTrainedModel:
     step = path if (path / "model.safetensors").exists() else latest(path) if path.is_dir() else None
     if step is None:
         raise CheckpointError("no checkpoint here", path, "a run or a step-* directory")
-    classifies = GraphMoEForSequenceClassification.__name__ in (
-        AutoConfig.from_pretrained(step).architectures or ()
-    )
-    head = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    return head.from_pretrained(step).eval()
+    names = AutoConfig.from_pretrained(step).architectures or ()
+    known = [_CLASSES[name] for name in names if name in _CLASSES]
+    return (known or [GraphMoEForCausalLM])[0].from_pretrained(step).eval()
