@@ -234,28 +234,24 @@ def distort(
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def pixel_neighbours(
-    characters: Characters, ways: int, shots: int, queries: int, episodes: Sequence[int], *, seed: int = 0
-) -> np.ndarray:
-    """How many queries of each episode the nearest drawing tells, by squared distance of raw pixels.
+def pixel_neighbours(episodes: Episodes, numbers: Sequence[int]) -> np.ndarray:
+    """How well the nearest drawing tells queries, by squared distance of raw pixels: the least to beat.
 
     Args:
-        characters: What episodes are drawn from.
-        ways, shots, queries: Of each episode.
-        episodes: Their numbers.
-        seed: Of the episodes.
+        episodes: Those to tell, with queries.
+        numbers: Which of them.
 
     Returns:
-        Fraction of right answers of each episode, ``[episodes]`` float64.
+        Fraction of right answers of each episode, ``[numbers]`` float64.
     """
-    drawn = Episodes(characters, ways, shots, queries, seed=seed)
-    pixels = torch.from_numpy(characters.images).flatten(2).float() / 255  # [characters, drawings, pixels]
-    right = np.zeros(len(episodes))
-    for place, index in enumerate(episodes):
-        episode = drawn.draw(index)
+    pixels = torch.from_numpy(episodes.characters.images).flatten(2).float() / 255
+    asked = torch.arange(episodes.ways).repeat_interleave(episodes.queries)
+    right = np.zeros(len(numbers))
+    for place, number in enumerate(numbers):
+        episode = episodes.draw(number)
         rows = torch.from_numpy(episode.character)[:, None]
-        support = pixels[rows, torch.from_numpy(episode.support)].flatten(0, 1)
+        support = pixels[rows, torch.from_numpy(episode.support)].flatten(0, 1)  # [P, pixels]
         query = pixels[rows, torch.from_numpy(episode.query)].flatten(0, 1)
-        nearest = torch.cdist(query, support).argmin(dim=1) // shots
-        right[place] = (nearest == torch.arange(ways).repeat_interleave(queries)).double().mean()
+        nearest = torch.cdist(query, support).argmin(dim=1)
+        right[place] = (nearest // episodes.shots == asked).double().mean()
     return right
