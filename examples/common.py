@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from scipy.stats import t as student_t
 
 from graphmoe.errors import ConfigError, DataError
 
@@ -65,11 +66,6 @@ class Flags(argparse.ArgumentParser):
         return args
 
 
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last one is used for more than that.
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11,
-      2.10, 2.09)  # fmt: skip
-
-
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation over seeds."""
     mean = math.fsum(values) / len(values)
@@ -85,7 +81,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
 def verdict(name: str, ours: Sequence[float], other: str, theirs: Sequence[float]) -> str:
     """One line: whether a model gains, loses or ties, by the 95 % interval of the paired difference."""
     mean, error = paired(ours, theirs)
-    reach = _T[min(len(ours) - 1, len(_T)) - 1] * error
+    reach = student_t.ppf(0.975, len(ours) - 1) * error
     word = "ties with" if abs(mean) <= reach else "gains over" if mean > 0 else "loses to"
     return (
         f"{name} {word} {other}: {100 * mean:+.1f} points, standard error {100 * error:.1f} "
