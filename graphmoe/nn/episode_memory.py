@@ -16,7 +16,7 @@ class EpisodeState(NamedTuple):
     """What the memories of some episodes hold; nothing else of an episode is kept anywhere.
 
     Attributes:
-        slots: Keys, ``[B, S, F]``; those of slots that are not written are learned, and nobody looks at them.
+        slots: Keys, ``[B, S, F]``; that of slots which nobody has written is learned, and nobody looks at it.
         values: Labels, ``[B, S, C]``: one-hot, times the gate with which they were written; else 0.
         steps: Examples written so far, ``[B]`` int64: the slots ``0 .. steps - 1``.
     """
@@ -60,8 +60,11 @@ class EpisodeMemory(nn.Module):
 
     def __init__(self, channels: int, num_slots: int, num_labels: int):
         super().__init__()
+        if num_slots < 1:
+            raise ConfigError("a memory needs room", "num_slots", "at least 1", num_slots)
         self.channels, self.num_slots, self.num_labels = channels, num_slots, num_labels
-        self.bank = MemoryBank(num_slots, channels)
+        # One content for all slots: with one each, the order of examples would matter.
+        self.bank = MemoryBank(1, channels)
         self.gate = nn.Linear(channels, 1)
         self.write_conv = WriteConv(channels, channels)
         self.recall_conv = RecallConv(channels, channels)
@@ -78,7 +81,7 @@ class EpisodeMemory(nn.Module):
 
     def empty(self, batch_size: int) -> EpisodeState:
         """Memories of ``batch_size`` episodes that have not begun."""
-        slots = self.bank(batch_size)
+        slots = self.bank(batch_size).expand(-1, self.num_slots, -1)
         steps = torch.zeros(batch_size, dtype=torch.long, device=slots.device)
         return EpisodeState(slots, slots.new_zeros(batch_size, self.num_slots, self.num_labels), steps)
 
