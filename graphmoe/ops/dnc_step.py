@@ -1,5 +1,7 @@
 """One step of the memory of a differentiable neural computer, with a gradient of its own."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -26,15 +28,39 @@ def interface_parts(heads: int, width: int) -> tuple[int, ...]:
     return (heads + 1) * width, width, heads + 1, width + heads + 2, 3 * heads
 
 
-def dnc_step(
-    memory: Tensor,
-    usage: Tensor,
-    link: Tensor,
-    precedence: Tensor,
-    read_weights: Tensor,
-    write_weights: Tensor,
-    interface: Tensor,
-) -> tuple[Tensor, ...]:
+class Slots(NamedTuple):
+    """Memory ``[B, S, W]``, usage ``[B, S]``, links ``[B, S, S]``, precedence ``[B, S]``, read weights ``[B, R,
+    S]`` and write weights ``[B, S]``; or their gradients."""
+
+    memory: Tensor
+    usage: Tensor
+    link: Tensor
+    precedence: Tensor
+    read: Tensor
+    write: Tensor
+
+
+class Kept(NamedTuple):
+    """What a step keeps for its gradient beside the slots before and behind it."""
+
+    keys: Tensor  # [B, R + 1, W]
+    strengths: Tensor  # [B, R + 1, 1]
+    gates: Tensor  # [B, W + R + 2]
+    modes: Tensor  # [B, R, 3]
+    unfreed: Tensor  # [B, R, S]
+    retention: Tensor  # [B, S]
+    used: Tensor  # [B, S]
+    mixed: Tensor  # [B, S]
+    change: Tensor  # [B, S, W]
+    stay: Tensor  # [B, S, S]
+    rest: Tensor  # [B, 1]
+    ways: Tensor  # [B, R, 3, S]
+    free_slots: Allocation
+    alike: Content
+    found: Content
+
+
+def dnc_step(*inputs: Tensor) -> tuple[Tensor, ...]:
     r"""Write to the memory and read from it, as the interface vector says.
 
     The equations stand in :mod:`graphmoe.nn.memory`: usage and allocation, content weights, links. About a
@@ -42,174 +68,167 @@ def dnc_step(
     are one, differentiable once.
 
     Args:
-        memory: ``[B, S, W]``, floating point of at least 32 bits, as everything here.
-        usage: ``[B, S]``.
-        link: ``[B, S, S]`` (later, earlier).
-        precedence: ``[B, S]``.
-        read_weights: ``[B, R, S]``.
-        write_weights: ``[B, S]``.
-        interface: ``[B, W R + 3 W + 5 R + 3]``, see :func:`interface_parts`.
+        inputs: Memory ``[B, S, W]``, usage ``[B, S]``, links ``[B, S, S]`` (later, earlier), precedence
+            ``[B, S]``, read weights ``[B, R, S]``, write weights ``[B, S]``, and the interface ``[B, W R + 3 W
+            + 5 R + 3]``, see :func:`interface_parts`; all of at least 32 bits.
 
     Returns:
-        The same six after the step, what was read, ``[B, R, W]``, and for pictures only, without gradients,
-        the allocation gate times the write gate, ``[B, 1]``.
+        The first six after the step, what was read, ``[B, R, W]``, and for pictures, without gradients, the
+        allocation gate times the write gate, ``[B, 1]``.
     """
-    inputs = (memory, usage, link, precedence, read_weights, write_weights, interface)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return _DNCStep.apply(*inputs)
-    return _forward(*inputs)[0]
-
-
-def _forward(memory, usage, link, precedence, read_weights, write_weights, interface):
-    """The results, and what the gradient needs beside the inputs."""
-    batch, slots, width = memory.shape
-    heads = read_weights.size(1)
-    keys, vector, strengths, gates, modes = interface.split(interface_parts(heads, width), dim=1)
-    keys = keys.view(batch, heads + 1, width)
-    strengths = F.softplus(strengths).add_(1).unsqueeze(-1)  # [B, R + 1, 1]
-    gates = torch.sigmoid(gates)
-    erase, free, allocate, write = gates.split((width, heads, 1, 1), dim=1)
-    modes = torch.softmax(modes.view(batch, heads, 3), dim=-1)
-    # Usage: what was written and not freed by a read head.
-    kept = torch.addcmul(read_weights.new_ones(()), free.unsqueeze(-1), read_weights, value=-1)  # [B, R, S]
-    retention = kept.prod(dim=1)
-    used = torch.addcmul(usage + write_weights, usage, write_weights, value=-1)
-    new_usage = used * retention
-    # Write: to free slots, or to those alike.
-    free_slots = allocation(new_usage)
-    alike = content(memory, keys[:, heads:], strengths[:, heads:], inverse_norm(memory).unsqueeze(1))
-    mixed = torch.lerp(alike.weights.squeeze(1), free_slots.weights, allocate)
-    new_write = mixed * write
-    column = new_write.unsqueeze(-1)
-    change = torch.addcmul(vector.unsqueeze(1), memory, erase.unsqueeze(1), value=-1)  # v - M e
-    new_memory = torch.addcmul(memory, column, change)
-    # Links: which slot was written after which.
-    stay = (1 - new_write).unsqueeze(-1) - new_write.unsqueeze(1)  # [B, S, S]
-    new_link = torch.mul(link, stay).addcmul_(column, precedence.unsqueeze(1))
-    new_link.diagonal(dim1=1, dim2=2).zero_()
-    rest = 1 - new_write.sum(dim=-1, keepdim=True)
-    new_precedence = torch.addcmul(new_write, rest, precedence)
-    # Read: what was written before what was read, what is alike, what was written after it.
-    found = content(new_memory, keys[:, :heads], strengths[:, :heads], inverse_norm(new_memory).unsqueeze(1))
-    before, after = torch.bmm(read_weights, new_link), torch.bmm(read_weights, new_link.mT)
-    ways = torch.stack((before, found.weights, after), dim=2)  # [B, R, 3, S]
-    new_read = torch.matmul(modes.unsqueeze(2), ways).squeeze(2)
-    reads = torch.bmm(new_read, new_memory)
-    results = (new_memory, new_usage, new_link, new_precedence, new_read, new_write, reads, allocate * write)
-    saved = (keys, strengths, gates, modes, kept, retention, used, mixed, vector, stay, rest, ways)
-    return results, saved, (free_slots, alike, found)
+    slots, reads, kept, _ = forward_step(Slots(*inputs[:6]), inputs[6])
+    return *slots, reads, allocates(kept)
 
 
 class _DNCStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs: Tensor) -> tuple[Tensor, ...]:
-        results, saved, (free_slots, alike, found) = _forward(*inputs)
-        ctx.mark_non_differentiable(results[-1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            *inputs, results[0], results[2], results[4], results[5], *saved, *free_slots, *alike, *found
-        )
-        return results
+        slots, reads, kept, _ = forward_step(Slots(*inputs[:6]), inputs[6])
+        gate = allocates(kept)
+        ctx.mark_non_differentiable(gate)
+        ctx.save_for_backward(*inputs[:6], *slots, *kept[:12], *kept.free_slots, *kept.alike, *kept.found)
+        return *slots, reads, gate
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx.saved_tensors, grads)
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, ...]:
+        tensors = ctx.saved_tensors
+        contents = Allocation(*tensors[24:29]), Content(*tensors[29:34]), Content(*tensors[34:])
+        kept = Kept(*tensors[12:24], *contents)
+        own = Slots(*(grad.clone() for grad in grads[:6]))
+        slots, interface = backward_step(own, grads[6], Slots(*tensors[:6]), Slots(*tensors[6:12]), kept)
+        return *slots, interface
 
 
-def _backward(tensors: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    memory, usage, link, precedence, read_weights, write_weights, interface = tensors[:7]
-    new_memory, new_link, new_read, new_write = tensors[7:11]
-    keys, strengths, gates, modes, kept, retention, used, mixed, vector, stay, rest, ways = tensors[11:23]
-    free_slots, alike, found = Allocation(*tensors[23:27]), Content(*tensors[27:31]), Content(*tensors[31:])
-    grad_memory, grad_usage, grad_link, grad_precedence, grad_read, grad_write, grad_reads, _ = grads
-    heads, width = read_weights.size(1), memory.size(2)
-    parts = interface_parts(heads, width)
-    grad_interface = torch.empty_like(interface)
-    to_keys, to_vector, to_strengths, to_gates, to_modes = grad_interface.split(parts, dim=1)
-    to_keys, to_modes = to_keys.view(keys.shape), to_modes.view(modes.shape)
-    erase, free, allocate, write = gates.split((width, heads, 1, 1), dim=1)
-    grad_gates = torch.empty_like(gates)
-    to_erase, to_free, to_allocate, to_write = grad_gates.split((width, heads, 1, 1), dim=1)
-    column, row = new_write.unsqueeze(-1), new_write.unsqueeze(1)
+def allocates(kept: Kept) -> Tensor:
+    """The allocation gate times the write gate, ``[B, 1]``."""
+    return kept.gates[:, -2:-1] * kept.gates[:, -1:]
+
+
+def forward_step(
+    slots: Slots, interface: Tensor, inverse_memory: Tensor | None = None
+) -> tuple[Slots, Tensor, Kept, Tensor]:
+    """The slots after a step, what was read, what :func:`backward_step` needs, and one over the norm of
+    each slot ``[B, 1, S]``, which the next step takes."""
+    memory, usage, link, precedence, read, write = slots
+    heads, width = read.size(1), memory.size(2)
+    keys, vector, strengths, gates, modes = interface.split(interface_parts(heads, width), dim=1)
+    keys = keys.unflatten(1, (heads + 1, width))
+    strengths = F.softplus(strengths).add_(1).unsqueeze(-1)
+    gates = torch.sigmoid(gates)
+    erase, free, allocate, open_write = gates.split((width, heads, 1, 1), dim=1)
+    modes = torch.softmax(modes.unflatten(1, (heads, 3)), dim=-1)
+    # Usage: what was written and not freed by a read head.
+    unfreed = (free.unsqueeze(-1) * read).neg_().add_(1)
+    retention = unfreed.prod(dim=1)
+    used = torch.addcmul(usage + write, usage, write, value=-1)
+    new_usage = used * retention
+    # Write: to free slots, or to those alike.
+    free_slots = allocation(new_usage)
+    if inverse_memory is None:
+        inverse_memory = inverse_norm(memory).mT
+    alike = content(memory, keys[:, heads:], strengths[:, heads:], inverse_memory)
+    mixed = torch.lerp(alike.weights.squeeze(1), free_slots.weights, allocate)
+    new_write = mixed * open_write
+    column = new_write.unsqueeze(-1)
+    change = torch.addcmul(vector.unsqueeze(1), memory, erase.unsqueeze(1), value=-1)  # v - M e
+    new_memory = torch.addcmul(memory, column, change)
+    # Links: which slot was written after which.
+    stay = (1 - new_write).unsqueeze(-1) - new_write.unsqueeze(1)
+    new_link = torch.mul(link, stay).addcmul_(column, precedence.unsqueeze(1))
+    new_link.diagonal(dim1=1, dim2=2).zero_()
+    rest = 1 - new_write.sum(dim=-1, keepdim=True)
+    new_precedence = torch.addcmul(new_write, rest, precedence)
+    # Read: what was written before what was read, what is alike, what was written after it.
+    inverse_memory = inverse_norm(new_memory).mT
+    found = content(new_memory, keys[:, :heads], strengths[:, :heads], inverse_memory)
+    ways = torch.stack((torch.bmm(read, new_link), found.weights, torch.bmm(read, new_link.mT)), dim=2)
+    new_read = (modes.unsqueeze(-1) * ways).sum(dim=2)
+    kept = Kept(keys, strengths, gates, modes, unfreed, retention, used, mixed, change, stay, rest, ways,
+                free_slots, alike, found)  # fmt: skip
+    after = Slots(new_memory, new_usage, new_link, new_precedence, new_read, new_write)
+    return after, torch.bmm(new_read, new_memory), kept, inverse_memory
+
+
+def backward_step(
+    grads: Slots, grad_reads: Tensor, before: Slots, after: Slots, kept: Kept
+) -> tuple[Slots, Tensor]:
+    """Gradients of the slots before a step and of its interface; overwrites those of the slots behind it."""
+    grad_memory, grad_usage, grad_link, grad_precedence, grad_read, grad_write = grads
+    keys, strengths, gates, modes = kept[:4]
+    heads, width = modes.size(1), keys.size(2)
+    erase, free, allocate, open_write = gates.split((width, heads, 1, 1), dim=1)
+    column = after.write.unsqueeze(-1)
 
     # Read.
-    if grad_reads is not None:
-        through = torch.bmm(grad_reads, new_memory.mT)
-        grad_read = through if grad_read is None else through.add_(grad_read)
-        total = torch.bmm(new_read.mT, grad_reads)
-        grad_memory = total if grad_memory is None else total.add_(grad_memory)
-    else:
-        grad_memory = torch.zeros_like(memory) if grad_memory is None else grad_memory.clone()
-        grad_read = torch.zeros_like(new_read) if grad_read is None else grad_read
-    grad_modes = torch.matmul(ways, grad_read.unsqueeze(-1)).squeeze(-1)  # [B, R, 3]
-    to_modes.copy_(torch._softmax_backward_data(grad_modes, modes, -1, modes.dtype))
+    grad_read.baddbmm_(grad_reads, after.memory.mT)
+    grad_memory.baddbmm_(after.read.mT, grad_reads)
+    grad_modes = torch.matmul(kept.ways, grad_read.unsqueeze(-1)).squeeze(-1)
+    grad_modes = torch._softmax_backward_data(grad_modes, modes, -1, modes.dtype)
     grad_before, grad_found, grad_after = (modes.unsqueeze(-1) * grad_read.unsqueeze(2)).unbind(dim=2)
-    read_keys, read_strengths = keys[:, :heads], strengths[:, :heads]
-    grad_keys, grad_strengths = content_backward(
-        grad_found, found, new_memory, read_keys, read_strengths, grad_memory
+    grad_read_keys, grad_read_strengths = content_backward(
+        grad_found, kept.found, after.memory, keys[:, :heads], strengths[:, :heads], grad_memory
     )
-    to_keys[:, :heads], to_strengths[:, :heads] = grad_keys, grad_strengths
-    grad_old_read = torch.bmm(grad_before, new_link.mT).baddbmm_(grad_after, new_link)
-    later = torch.cat((grad_after, read_weights), dim=1)  # [B, 2 R, S]
-    earlier = torch.cat((read_weights, grad_before), dim=1)
+    grad_read = torch.bmm(grad_before, after.link.mT).baddbmm_(grad_after, after.link)
 
     # Links.
-    total = torch.bmm(later.mT, earlier) if grad_link is None else torch.baddbmm(grad_link, later.mT, earlier)
-    total.diagonal(dim1=1, dim2=2).zero_()
-    grad_new_write = torch.bmm(total, precedence.unsqueeze(-1)).squeeze(-1)
-    grad_old_precedence = torch.bmm(row, total).squeeze(1)
-    weighted = total * link
-    grad_new_write.sub_(weighted.sum(dim=2)).sub_(weighted.sum(dim=1))
-    grad_old_link = total.mul_(stay)
-    if grad_precedence is not None:
-        grad_old_precedence.addcmul_(rest, grad_precedence)
-        lost = torch.linalg.vecdot(grad_precedence, precedence).unsqueeze(-1)
-        grad_new_write.add_(grad_precedence).sub_(lost)
-    if grad_write is not None:
-        grad_new_write.add_(grad_write)
+    later = torch.cat((grad_after, before.read), dim=1)  # [B, 2 R, S]
+    grad_link.baddbmm_(later.mT, torch.cat((before.read, grad_before), dim=1))
+    grad_link.diagonal(dim1=1, dim2=2).zero_()
+    weighted = grad_link * before.link
+    grad_write.sub_(weighted.sum(dim=1))
+    weighted.addcmul_(grad_link, before.precedence.unsqueeze(1), value=-1)
+    grad_write.sub_(weighted.sum(dim=2))
+    grad_write.add_(grad_precedence).sub_((grad_precedence * before.precedence).sum(dim=-1, keepdim=True))
+    grad_precedence = torch.bmm(after.write.unsqueeze(1), grad_link).squeeze(1).addcmul_(
+        kept.rest, grad_precedence
+    )  # fmt: skip
+    grad_link.mul_(kept.stay)
 
     # Write.
-    with_memory = grad_memory * memory
-    grad_new_write.add_(torch.bmm(grad_memory, vector.unsqueeze(-1)).squeeze(-1))
-    grad_new_write.sub_(torch.bmm(with_memory, erase.unsqueeze(-1)).squeeze(-1))
-    to_vector.copy_(torch.bmm(row, grad_memory).squeeze(1))
-    torch.neg(torch.bmm(row, with_memory).squeeze(1), out=to_erase)
-    grad_old_memory = torch.addcmul(grad_memory, grad_memory * erase.unsqueeze(1), column, value=-1)
-    torch.sum(grad_new_write * mixed, dim=-1, keepdim=True, out=to_write)
-    grad_mixed = grad_new_write * write
-    apart = free_slots.weights - alike.weights.squeeze(1)
-    torch.sum(grad_mixed * apart, dim=-1, keepdim=True, out=to_allocate)
+    grad_write.add_((grad_memory * kept.change).sum(dim=2))
+    grad_change = grad_memory * column
+    grad_vector = grad_change.sum(dim=1)
+    grad_erase = (grad_change * before.memory).sum(dim=1).neg_()
+    grad_memory.addcmul_(grad_change, erase.unsqueeze(1), value=-1)
+    grad_open_write = (grad_write * kept.mixed).sum(dim=-1, keepdim=True)
+    grad_mixed = grad_write.mul_(open_write)
+    alike = kept.alike.weights.squeeze(1)
+    grad_allocate = (grad_mixed * (kept.free_slots.weights - alike)).sum(dim=-1, keepdim=True)
     grad_free_slots = grad_mixed * allocate
-    grad_alike = (grad_mixed - grad_free_slots).unsqueeze(1)
-    grad_key, grad_strength = content_backward(
-        grad_alike, alike, memory, keys[:, heads:], strengths[:, heads:], grad_old_memory
-    )
-    to_keys[:, heads:], to_strengths[:, heads:] = grad_key, grad_strength
+    grad_write_key, grad_write_strength = content_backward(
+        grad_mixed.sub_(grad_free_slots).unsqueeze(1), kept.alike, before.memory,
+        keys[:, heads:], strengths[:, heads:], grad_memory,
+    )  # fmt: skip
 
     # Usage.
-    grad_new_usage = allocation_backward(grad_free_slots, free_slots)
-    if grad_usage is not None:
-        grad_new_usage.add_(grad_usage)
-    grad_used = grad_new_usage * retention
-    grad_retention = (grad_new_usage * used).unsqueeze(1)
-    grad_kept = grad_retention * _others(kept)
-    torch.neg(torch.linalg.vecdot(grad_kept, read_weights), out=to_free)
-    grad_old_read.addcmul_(grad_kept, free.unsqueeze(-1), value=-1)
-    grad_old_usage = torch.addcmul(grad_used, grad_used, write_weights, value=-1)
-    grad_old_write = torch.addcmul(grad_used, grad_used, usage, value=-1)
+    grad_usage.add_(allocation_backward(grad_free_slots, kept.free_slots))
+    grad_unfreed = (grad_usage * kept.used).unsqueeze(1) * _others(kept.unfreed)
+    grad_usage.mul_(kept.retention)
+    grad_free = (grad_unfreed * before.read).sum(dim=-1).neg_()
+    grad_read.addcmul_(grad_unfreed, free.unsqueeze(-1), value=-1)
+    grad_write = torch.addcmul(grad_usage, grad_usage, before.usage, value=-1)
+    grad_usage.addcmul_(grad_usage, before.write, value=-1)
 
-    to_gates.copy_(grad_gates.mul_(gates).mul_(1 - gates))
+    grad_gates = torch.cat((grad_erase, grad_free, grad_allocate, grad_open_write), dim=1)
+    grad_gates.mul_(gates).addcmul_(grad_gates, gates, value=-1)
     # softplus' derivative from its value, which is the strength less 1.
-    to_strengths.mul_(-torch.expm1(1 - strengths.squeeze(-1)))
-    return (grad_old_memory, grad_old_usage, grad_old_link, grad_old_precedence, grad_old_read,
-            grad_old_write, grad_interface)  # fmt: skip
+    grad_strengths = torch.cat((grad_read_strengths, grad_write_strength), dim=1)
+    grad_strengths.mul_(torch.expm1(1 - strengths)).neg_()
+    grad_keys = (grad_read_keys.flatten(1), grad_write_key.flatten(1))
+    grad_interface = torch.cat(
+        (*grad_keys, grad_vector, grad_strengths.flatten(1), grad_gates, grad_modes.flatten(1)), dim=1
+    )
+    return Slots(grad_memory, grad_usage, grad_link, grad_precedence, grad_read, grad_write), grad_interface
 
 
-def _others(kept: Tensor) -> Tensor:
-    """Product over all other heads of ``kept [B, R, S]``; a factor may be 0, so nothing is divided."""
-    heads = kept.size(1)
-    if heads == 1:
-        return torch.ones_like(kept)
-    own = torch.eye(heads, dtype=torch.bool, device=kept.device).unsqueeze(-1)
-    return kept.unsqueeze(1).masked_fill(own, 1.0).prod(dim=2)
+def _others(factors: Tensor) -> Tensor:
+    """Product over all other heads of ``factors [B, R, S]``; one may be 0, so nothing is divided."""
+    heads = factors.unbind(dim=1)
+    before, behind = [torch.ones_like(heads[0])], [torch.ones_like(heads[0])]
+    for first, last in zip(heads[:-1], heads[:0:-1], strict=True):
+        before.append(before[-1] * first)
+        behind.append(behind[-1] * last)
+    return torch.stack([a * b for a, b in zip(before, reversed(behind), strict=True)], dim=1)

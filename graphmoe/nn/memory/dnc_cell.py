@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from graphmoe.errors import ConfigError
 from graphmoe.nn.memory.dnc_memory import DNCMemory, SlotState
+from graphmoe.ops.dnc_sequence import dnc_sequence
 
 
 class DNCState(NamedTuple):
@@ -30,7 +31,7 @@ class DNCState(NamedTuple):
 
 
 class DNCCell(nn.Module):
-    r"""One step of a differentiable neural computer: an LSTM that writes and reads slots.
+    r"""A differentiable neural computer: an LSTM that writes and reads slots.
 
     From `"Hybrid computing using a neural network with dynamic external memory"
     <https://www.nature.com/articles/nature20101>`_ (2016):
@@ -39,7 +40,9 @@ class DNCCell(nn.Module):
         h_t, c_t = \mathrm{LSTM}([x_t; r_{t-1}], h_{t-1}, c_{t-1}), \qquad
         M_t, r_t = \mathrm{memory}(M_{t-1}, W_\xi h_t)
 
-    The number of slots belongs to the state, not to the parameters: a trained cell works on more of them.
+    The number of slots belongs to the state, not to the parameters: a trained cell works on more of them. The
+    fast form is one operation over all steps, :func:`~graphmoe.ops.dnc_sequence.dnc_sequence`; with
+    ``fuse = False``, as in :func:`~graphmoe.nn.edge_form`, every step passes messages.
 
     Args:
         in_channels: Channels of an input.
@@ -48,9 +51,12 @@ class DNCCell(nn.Module):
         slot_channels: Channels ``W`` of a slot.
 
     Shapes:
-        - **input:** ``x [B, in_channels]``, :class:`DNCState`.
-        - **output:** ``[h_t; r_t] [B, H + R W]``, the state after the step, and how far the step allocates,
-          ``[B, 1]``.
+        - **input:** ``x [B, T, in_channels]``, :class:`DNCState` (or ``None`` and ``num_slots``).
+        - **output:** ``[r_t; h_t]``, ``[B, T, R W + H]``, and the state after the last step; with
+          ``return_states=True`` also the states after every step and how far each step allocates, ``[T, B, 1]``.
+
+    Raises:
+        ConfigError: No channels, heads or slots.
     """
 
     def __init__(self, in_channels: int, hidden_channels: int, heads: int = 1, slot_channels: int = 16):
@@ -75,30 +81,49 @@ class DNCCell(nn.Module):
 
     @property
     def out_channels(self) -> int:
-        return self.hidden_channels + self.memory.heads * self.memory.width
+        """Channels of an output."""
+        return self.memory.heads * self.memory.width + self.hidden_channels
 
     def initial_state(self, batch_size: int, num_slots: int) -> DNCState:
         """The state before the first step."""
         weight = self.lin_input.weight
-        zeros = weight.new_zeros(batch_size, self.out_channels)
-        hidden, reads = zeros.split((self.hidden_channels, zeros.size(1) - self.hidden_channels), dim=1)
-        return DNCState(*self.memory.initial_state(batch_size, num_slots, weight), reads, hidden, hidden)
+        slots = self.memory.initial_state(batch_size, num_slots, weight)
+        zeros = slots.memory.new_zeros(batch_size, self.out_channels)
+        reads, hidden = zeros.split((zeros.size(1) - self.hidden_channels, self.hidden_channels), dim=1)
+        return DNCState(*slots, reads, hidden, hidden)
 
-    def forward(self, x: Tensor, state: DNCState) -> tuple[Tensor, DNCState, Tensor]:
-        return self.step(self.lin_input(x), state)
+    def forward(
+        self,
+        x: Tensor,
+        state: DNCState | None = None,
+        num_slots: int | None = None,
+        return_states: bool = False,
+    ):
+        if state is None:
+            state = self.initial_state(x.size(0), num_slots or 0)
+        projected = self.lin_input(x).transpose(0, 1).to(state.memory.dtype)  # [T, B, 4 H]
+        weights = (self.lin_state.weight, self.lin_interface.weight, self.lin_interface.bias)
+        weights = [weight.to(state.memory.dtype) for weight in weights]
+        # In half precision a usage would round to 1, and no slot would be free again.
+        with torch.autocast(x.device.type, enabled=False):
+            if self.memory.fuse and not return_states:
+                outputs, state, _ = dnc_sequence(projected, state, *weights)
+                return outputs.transpose(0, 1).to(x.dtype), DNCState(*state)
+            outputs, states, gates = [], [], []
+            for given in projected:
+                state, gate = self._step(given, state, *weights)
+                outputs.append(torch.cat((state.reads, state.hidden), dim=1))
+                states.append(state)
+                gates.append(gate)
+        outputs = torch.stack(outputs, dim=1).to(x.dtype)
+        return (outputs, state, states, torch.stack(gates)) if return_states else (outputs, state)
 
-    def step(self, projected: Tensor, state: DNCState) -> tuple[Tensor, DNCState, Tensor]:
-        """:meth:`forward` of an input that ``lin_input`` was applied to, as can be done for all steps at once."""
-        gates = projected + self.lin_state(torch.cat((state.reads, state.hidden), dim=1))
-        hidden, cell = lstm_update(gates, state.cell)
-        slots, reads, allocates = self.memory(SlotState(*state[:6]), self.lin_interface(hidden))
-        reads = reads.flatten(1)
-        return torch.cat((hidden, reads), dim=1), DNCState(*slots, reads, hidden, cell), allocates
-
-
-def lstm_update(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and cell ``[B, H]`` of an LSTM from its gates before the nonlinearity, ``[B, 4 H]`` (input,
-    forget, cell, output)."""
-    opened, forget, new, out = gates.chunk(4, dim=1)
-    cell = torch.sigmoid(forget) * cell + torch.sigmoid(opened) * torch.tanh(new)
-    return torch.sigmoid(out) * torch.tanh(cell), cell
+    def _step(self, given: Tensor, state: DNCState, recurrent: Tensor, interface: Tensor, bias: Tensor):
+        """One step by itself: the state behind it, and how far it allocates."""
+        gates = torch.addmm(given, torch.cat((state.reads, state.hidden), dim=1), recurrent.t())
+        enter, forget, leave, new = gates.chunk(4, dim=1)
+        cell = torch.sigmoid(forget) * state.cell + torch.sigmoid(enter) * torch.tanh(new)
+        hidden = torch.sigmoid(leave) * torch.tanh(cell)
+        told = torch.addmm(bias, hidden, interface.t())
+        slots, reads, allocates = self.memory(SlotState(*state[:6]), told)
+        return DNCState(*slots, reads.flatten(1), hidden, cell), allocates

@@ -126,6 +126,11 @@ class DNCMemory(nn.Module):
             conv.fuse = True
 
     @property
+    def fuse(self) -> bool:
+        """Whether the fast form is taken: unless some relation passes messages edge by edge."""
+        return all(conv.fuse for conv in (self.content, self.write, self.link))
+
+    @property
     def interface_size(self) -> int:
         """Channels of an interface vector."""
         return sum(interface_parts(self.heads, self.width))
@@ -156,7 +161,7 @@ class DNCMemory(nn.Module):
         # A usage or a product of usages in half precision would round to 1 and free no slot.
         with torch.autocast(interface.device.type, enabled=False):
             told = interface.to(state.memory.dtype)
-            if all(conv.fuse for conv in (self.content, self.write, self.link)):
+            if self.fuse:
                 *slots, reads, allocates = dnc_step(*state, told)
                 return SlotState(*slots), reads.to(interface.dtype), allocates
             told = parse_interface(told, self.heads, self.width)
