@@ -18,8 +18,8 @@ def dnc_sequence(
     Args:
         projected: What the inputs add to the gates of the controller, ``[T, B, 4 H]`` (input, forget, output,
             new).
-        state: The six tensors of :func:`~graphmoe.ops.dnc_step.dnc_step`, what was read ``[B, R W]``, output and
-            cell of the controller ``[B, H]``.
+        state: The six tensors of :func:`~graphmoe.ops.dnc_step.dnc_step`, what was read ``[B, R W]``, output
+            and cell of the controller ``[B, H]``.
         recurrent: Weight of ``[reads, output]`` in the gates, ``[4 H, R W + H]``.
         interface: Weight of the interface, ``[I, H]``.
         bias: Of the interface, ``[I]``.
@@ -37,8 +37,8 @@ def dnc_sequence(
 
 
 def lstm_update(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Output and cell ``[B, H]`` of an LSTM; overwrites its gates ``[B, 4 H]`` (input, forget, output, new) by
-    what they open, and returns the bounded cell, too."""
+    """Output, cell and bounded cell ``[B, H]`` of an LSTM; overwrites its gates ``[B, 4 H]`` (input, forget,
+    output, new) by what they open."""
     width = cell.size(1)
     gates[:, : 3 * width].sigmoid_()
     gates[:, 3 * width :].tanh_()
@@ -75,7 +75,7 @@ class _DNCSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs: Tensor) -> tuple[Tensor, ...]:
         outputs, gate, state, (joint, ctx.history) = _forward(*inputs, keep=True)
-        ctx.save_for_backward(*inputs[-3:], joint)
+        ctx.save_for_backward(*inputs[-3:-1], joint)
         ctx.mark_non_differentiable(gate)
         # Copies: what a function returns refers to it, and what it keeps must not.
         return outputs.clone(), gate, *(tensor.clone() for tensor in state)
@@ -83,7 +83,7 @@ class _DNCSequence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_outputs: Tensor, _, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        recurrent, interface, bias, joint = ctx.saved_tensors
+        recurrent, interface, joint = ctx.saved_tensors
         slots = Slots(*(grad.clone() for grad in grads[:6]))
         grad_reads, grad_hidden, grad_cell = grads[6:]
         width = grad_reads.size(1)

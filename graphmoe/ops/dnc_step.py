@@ -29,8 +29,8 @@ def interface_parts(heads: int, width: int) -> tuple[int, ...]:
 
 
 class Slots(NamedTuple):
-    """Memory ``[B, S, W]``, usage ``[B, S]``, links ``[B, S, S]``, precedence ``[B, S]``, read weights ``[B, R,
-    S]`` and write weights ``[B, S]``; or their gradients."""
+    """Memory ``[B, S, W]``, usage ``[B, S]``, links ``[B, S, S]``, precedence ``[B, S]``, read weights
+    ``[B, R, S]`` and write weights ``[B, S]``; or their gradients."""
 
     memory: Tensor
     usage: Tensor
@@ -69,8 +69,8 @@ def dnc_step(*inputs: Tensor) -> tuple[Tensor, ...]:
 
     Args:
         inputs: Memory ``[B, S, W]``, usage ``[B, S]``, links ``[B, S, S]`` (later, earlier), precedence
-            ``[B, S]``, read weights ``[B, R, S]``, write weights ``[B, S]``, and the interface ``[B, W R + 3 W
-            + 5 R + 3]``, see :func:`interface_parts`; all of at least 32 bits.
+            ``[B, S]``, read weights ``[B, R, S]``, write weights ``[B, S]``, and the interface
+            ``[B, W R + 3 W + 5 R + 3]``, see :func:`interface_parts`; all of at least 32 bits.
 
     Returns:
         The first six after the step, what was read, ``[B, R, W]``, and for pictures, without gradients, the

@@ -34,7 +34,9 @@ def content_weights(memory: Tensor, keys: Tensor, strengths: Tensor) -> Tensor:
     return torch.softmax(strengths.unsqueeze(-1) * cosine, dim=-1)
 
 
-def write_weighting(allocation: Tensor, content: Tensor, allocation_gate: Tensor, write_gate: Tensor) -> Tensor:
+def write_weighting(
+    allocation: Tensor, content: Tensor, allocation_gate: Tensor, write_gate: Tensor
+) -> Tensor:
     r"""Where to write: :math:`g_w (g_a a + (1 - g_a) c_w)`, ``[B, S]``.
 
     Args:

@@ -34,7 +34,7 @@ def allocation_weights(usage: Tensor) -> Tensor:
         a_{\phi_j} = (1 - u_{\phi_j}) \prod_{i < j} u_{\phi_i}
 
     with :math:`\phi` the slots by ascending usage, of equal ones the first first. The product is the
-    exponential of a sum of logarithms of :math:`\epsilon + (1 - \epsilon) u`, with :math:`\epsilon = 10^{-6}`.
+    exponential of a sum of logarithms of :math:`\epsilon + (1 - \epsilon) u`, :math:`\epsilon = 10^{-6}`.
 
     Args:
         usage: ``[B, S]``.

@@ -53,7 +53,7 @@ class DNCCell(nn.Module):
     Shapes:
         - **input:** ``x [B, T, in_channels]``, :class:`DNCState` (or ``None`` and ``num_slots``).
         - **output:** ``[r_t; h_t]``, ``[B, T, R W + H]``, and the state after the last step; with
-          ``return_states=True`` also the states after every step and how far each step allocates, ``[T, B, 1]``.
+          ``return_states=True`` also the states after every step, and how far each allocates, ``[T, B, 1]``.
 
     Raises:
         ConfigError: No channels, heads or slots.

@@ -198,9 +198,7 @@ class DNCMemory(nn.Module):
         shape = (batch, slots, self.heads)
         after = self.link(heads, precedes, links).view(shape).mT
         before = self.link(heads, precedes.flip(0), links).view(shape).mT
-        _, found = self.content(
-            memory, told.read_keys.flatten(0, 1), told.read_strengths.flatten(), answers
-        )
+        _, found = self.content(memory, told.read_keys.flatten(0, 1), told.read_strengths.flatten(), answers)
         read = read_weighting(before, found.view(shape).mT, after, told.modes)
         memory = memory.view_as(state.memory)
         dense = torch.zeros_like(state.link).index_put(edge, links.view(batch, -1))

@@ -56,9 +56,7 @@ class LinkConv(MessagePassing):
     def __init__(self, **kwargs):
         super().__init__(aggr="sum", node_dim=0, **kwargs)
 
-    def relink(
-        self, link: Tensor, edge_index: Tensor, write_weights: Tensor, precedence: Tensor
-    ) -> Tensor:
+    def relink(self, link: Tensor, edge_index: Tensor, write_weights: Tensor, precedence: Tensor) -> Tensor:
         """Links after a write, ``[M]``, of slots with ``write_weights [S]`` and ``precedence [S]``."""
         return self.edge_updater(edge_index, link=link, write=write_weights, last=precedence)
 
