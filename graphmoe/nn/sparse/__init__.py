@@ -1,0 +1,3 @@
+from graphmoe.nn.sparse.weighted_sum_conv import WeightedSumConv
+
+__all__ = ["WeightedSumConv"]
