@@ -87,6 +87,57 @@ def diversity(attention: Tensor) -> Tensor:
     return -(entropy * listens).sum() / listens.sum().clamp(min=1)
 
 
+def effective_edges(routing: Routing) -> Tensor:
+    r"""How many edges a token in effect has, as a fraction of those it may have:
+    :math:`u_n = \frac1k (\sum_r \bar w_{nr}^2)^{-1}` with its weights :math:`\bar w` scaled to sum to 1
+    (the inverse participation ratio), ``[N]``: 1 for ``k`` equal ones, ``1 / k`` for one that has all the
+    weight, 0 without edges. Unlike the number of edges it has a gradient.
+    """
+    square = torch.zeros_like(routing.logits[:, 0]).index_add(0, routing.token, routing.weight.square())
+    total = torch.zeros_like(square).index_add(0, routing.token, routing.weight)
+    present = total > 0
+    return present * total.square() / (routing.k * torch.where(present, square, 1.0))
+
+
+def budget(usage: Tensor, allowed: Tensor, limit: float, mask: Tensor | None = None) -> Tensor:
+    r"""What tokens use beyond a limit, and how badly their budgets foretell it:
+    :math:`\frac1N\sum_n \mathrm{ReLU}(u_n - \tau) + (b_n - u_n)^2`.
+
+    Args:
+        usage: ``u``, ``[N]``, such as :func:`effective_edges`.
+        allowed: The budgets ``b``, ``[N]``.
+        limit: ``tau``.
+        mask: Tokens that count, ``[N]`` bool.
+    """
+    return _token_mean((usage - limit).relu() + (allowed - usage).square(), mask)
+
+
+def collision(logits: Tensor, sequence: Tensor, sequences: int, mask: Tensor | None = None) -> Tensor:
+    r"""Expected number of other tokens of its sequence that choose the slot of a token,
+
+    .. math::
+        \frac1B\sum_b \frac{1}{n_b} \sum_s \Bigl[\Bigl(\sum_{i \in b} p_{is}\Bigr)^2
+        - \sum_{i \in b} p_{is}^2\Bigr], \qquad p = \mathrm{softmax}(z),
+
+    if each chose one by the probabilities of its router: 0 if no two share a slot. Sequences without tokens
+    that count are left out.
+
+    Args:
+        logits: ``z``, ``[N, S]``.
+        sequence: Sequence of each token, ``[N]`` in ``[0, B)``.
+        sequences: ``B``.
+        mask: Tokens that count, ``[N]`` bool.
+    """
+    probability = logits.softmax(dim=-1)
+    count = torch.ones_like(probability[:, 0]) if mask is None else mask.to(probability.dtype)
+    probability = probability * count.unsqueeze(1)
+    together = probability.new_zeros(sequences, logits.size(1)).index_add(0, sequence, probability)
+    alone = probability.new_zeros(sequences).index_add(0, sequence, probability.square().sum(dim=1))
+    tokens = count.new_zeros(sequences).index_add(0, sequence, count)
+    met = (together.square().sum(dim=1) - alone) / tokens.clamp(min=1)
+    return met.sum() / (tokens > 0).sum().clamp(min=1)
+
+
 def router_z(routing: Routing, mask: Tensor | None = None) -> Tensor:
     r"""Router z-loss :math:`\frac1N\sum_n \mathrm{logsumexp}(z_n)^2` of `ST-MoE
     <https://arxiv.org/abs/2202.08906>`_."""

@@ -143,3 +143,25 @@ class MemoryRecord(NamedTuple):
     read: Tensor
     gate: Tensor
     mask: Tensor | None = None
+
+
+class MocaRecord(NamedTuple):
+    """What one layer of slots and experts did in one forward pass.
+
+    Attributes:
+        memory: What its memory did, or ``None`` without one.
+        experts: What its experts did, or ``None`` with a single one.
+        usage: Effective edges of each token as a fraction of those it may have, mean over both routers,
+            ``[N]`` with a gradient, or ``None`` without a router.
+        kept: Edges left of those that the routers chose, as a fraction, mean over both, ``[N]``, or ``None``
+            without a router.
+        budget: What each token is allowed of its edges, ``[N]`` in [0, 1], or ``None`` without budgets.
+        mask: Tokens that take part, ``[N]`` bool, or ``None`` where all do.
+    """
+
+    memory: MemoryRecord | None
+    experts: Record | None
+    usage: Tensor | None
+    kept: Tensor | None
+    budget: Tensor | None
+    mask: Tensor | None = None

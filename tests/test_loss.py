@@ -103,3 +103,37 @@ def test_gradient_of_diversity_is_finite_where_nobody_is_heard(double):
     assert torch.autograd.gradcheck(
         lambda z: loss.diversity(z.softmax(dim=-1)), scores.detach().requires_grad_()
     )
+
+
+def test_effective_edges_count_equal_weights_fully_and_absent_ones_not(double):
+    logits = torch.zeros(4, 4)
+    expert = torch.tensor([[0, 1], [2, 3], [1, 4], [4, 4]])
+    weight = torch.tensor([[0.5, 0.5], [0.9, 0.1], [2.0, 0.0], [0.0, 0.0]])
+    found = loss.effective_edges(sort_routes(expert, weight, logits))
+    torch.testing.assert_close(found, torch.tensor([1, 1 / (2 * 0.82), 0.5, 0]))
+    weight = torch.tensor([[0.6, 0.4], [0.9, 0.1]], requires_grad=True)
+    edges = lambda w: loss.effective_edges(sort_routes(expert[:2], w, logits[:2]))  # noqa: E731
+    assert torch.autograd.gradcheck(edges, weight)
+
+
+def test_budget_is_the_formula(double):
+    usage, allowed = torch.tensor([0.9, 0.2, 0.6]), torch.tensor([0.5, 0.2, 1.0])
+    assert loss.budget(usage, allowed, 0.3).item() == pytest.approx((0.6 + 0.16 + 0.3 + 0.16) / 3)
+    mask = torch.tensor([False, True, False])
+    assert loss.budget(usage, allowed, 0.3, mask) == 0
+
+
+def test_collision_is_the_expected_number_of_others_in_the_slot(double):
+    logits = torch.randn(7, 5, requires_grad=True)
+    sequence = torch.tensor([0, 0, 0, 2, 2, 2, 2])  # nobody is in the second one
+    mask = torch.tensor([True, True, False, True, True, True, True])
+    p = logits.softmax(dim=-1)
+    met = []
+    for members in ((0, 1), (3, 4, 5, 6)):
+        pairs = [p[i] @ p[j] for i in members for j in members if i != j]
+        met.append(sum(pairs) / len(members))
+    torch.testing.assert_close(loss.collision(logits, sequence, 3, mask), sum(met) / 2)
+    apart = 50 * torch.eye(5)
+    assert loss.collision(apart, torch.zeros(5, dtype=torch.long), 1).item() == pytest.approx(0, abs=1e-12)
+    assert loss.collision(0 * apart, torch.zeros(5, dtype=torch.long), 1).item() == pytest.approx(4 / 5)
+    assert torch.autograd.gradcheck(lambda z: loss.collision(z, sequence, 3, mask), logits)

@@ -14,8 +14,12 @@ from graphmoe.checkpoint import latest
 from graphmoe.errors import CheckpointError
 from graphmoe.models.causal_lm import GraphMoEForCausalLM, GraphMoEModel
 from graphmoe.models.configuration import GraphMoEConfig
+from graphmoe.models.dnc import DNCConfig, DNCForSequencePrediction
+from graphmoe.models.lstm import LSTMConfig, LSTMForSequencePrediction
 from graphmoe.models.memory_transformer import MemoryTransformer, PrototypicalNetwork
 from graphmoe.models.memory_transformer_configuration import MemoryTransformerConfig
+from graphmoe.models.moca import MocaForTokenPrediction, MocaModel
+from graphmoe.models.moca_configuration import MocaConfig
 from graphmoe.models.sequence_classification import GraphMoEForSequenceClassification
 
 AutoConfig.register("graphmoe", GraphMoEConfig)
@@ -24,14 +28,27 @@ AutoModelForCausalLM.register(GraphMoEConfig, GraphMoEForCausalLM)
 AutoModelForSequenceClassification.register(GraphMoEConfig, GraphMoEForSequenceClassification)
 AutoConfig.register("graphmoe_memory_transformer", MemoryTransformerConfig)
 AutoModel.register(MemoryTransformerConfig, MemoryTransformer)
+AutoConfig.register("graphmoe_moca", MocaConfig)
+AutoModel.register(MocaConfig, MocaModel)
+AutoConfig.register("graphmoe_dnc", DNCConfig)
+AutoModel.register(DNCConfig, DNCForSequencePrediction)
+AutoConfig.register("graphmoe_lstm", LSTMConfig)
+AutoModel.register(LSTMConfig, LSTMForSequencePrediction)
 
 __all__ = [
+    "DNCConfig",
+    "DNCForSequencePrediction",
     "GraphMoEConfig",
     "GraphMoEForCausalLM",
     "GraphMoEForSequenceClassification",
     "GraphMoEModel",
+    "LSTMConfig",
+    "LSTMForSequencePrediction",
     "MemoryTransformer",
     "MemoryTransformerConfig",
+    "MocaConfig",
+    "MocaForTokenPrediction",
+    "MocaModel",
     "PrototypicalNetwork",
     "load",
 ]
@@ -39,9 +56,12 @@ __all__ = [
 _CLASSES = {
     cls.__name__: cls
     for cls in (
+        DNCForSequencePrediction,
         GraphMoEForCausalLM,
         GraphMoEForSequenceClassification,
+        LSTMForSequencePrediction,
         MemoryTransformer,
+        MocaForTokenPrediction,
         PrototypicalNetwork,
     )
 }

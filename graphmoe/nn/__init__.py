@@ -10,8 +10,18 @@ from graphmoe.nn.expert import (
     OrthogonalityStrength,
 )
 from graphmoe.nn.fuse import GatedFusion, ProjectedFusion, SumFusion
-from graphmoe.nn.memory import MemoryBank, ReadConv, WriteConv
+from graphmoe.nn.memory import (
+    ContentConv,
+    DNCCell,
+    DNCMemory,
+    LinkConv,
+    MemoryBank,
+    ReadConv,
+    SlotWriteConv,
+    WriteConv,
+)
 from graphmoe.nn.memory_layer import MemoryLayer
+from graphmoe.nn.moca import MocaLayer
 from graphmoe.nn.moe import MoELayer, moe_layers
 from graphmoe.nn.norm import RMSNorm
 from graphmoe.nn.route import (
@@ -28,8 +38,11 @@ __all__ = [
     "AttendConv",
     "Block",
     "CollabConv",
+    "ContentConv",
     "ContextualRouter",
     "CoupleConv",
+    "DNCCell",
+    "DNCMemory",
     "DenseRouter",
     "ExpertChoiceRouter",
     "ExpertConv",
@@ -38,14 +51,17 @@ __all__ = [
     "GhostGate",
     "HyperCoupleConv",
     "IterativeExpert",
+    "LinkConv",
     "MemoryBank",
     "MemoryLayer",
     "MoELayer",
+    "MocaLayer",
     "OrthogonalityStrength",
     "ProjectedFusion",
     "RMSNorm",
     "ReadConv",
     "RowAttention",
+    "SlotWriteConv",
     "SumFusion",
     "ThresholdRouter",
     "TopKRouter",

@@ -3,8 +3,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
+from torch_geometric.utils import to_dense_batch
 
 from graphmoe.errors import ConfigError
+from graphmoe.nn.budget import in_token_order
 from graphmoe.nn.memory import MemoryBank, ReadConv, WriteConv
 from graphmoe.nn.route import DenseRouter, TopKRouter
 from graphmoe.typing import MemoryRecord, MemoryState, Routing
@@ -44,16 +46,18 @@ class MemoryLayer(nn.Module):
         router_hidden: Channels of the hidden layer of the router; 0: none. Default: ``D / 2``.
 
     Shapes:
-        - **input:** ``x [B, T, D]``; ``mask [B, T]`` bool, False for padding, which has no edges; ``state``,
-          or ``None`` for a sequence that begins; ``key [B, T, D]`` with ``binding``; ``write [B, T]`` bool:
-          False for tokens that only read; ``thin``: what takes some edges of a
-          :class:`~graphmoe.typing.Routing` away.
-        - **output:** what was read ``[B, T, D]``, 0 for padding, to be added by the caller;
+        - **input:** ``x [B, T, D]``, or the tokens of all sequences one after another, ``x [N, D]``, with
+          ``batch [N]``, the ascending number of the sequence of each; ``mask [B, T]`` bool, False for
+          padding, which has no edges and which ``batch`` has no use for; ``state``, or ``None`` for
+          sequences that begin (then as many as ``batch_size``, or as ``batch`` names); ``key`` as ``x``, with
+          ``binding``; ``write [B, T]`` or ``[N]`` bool: False for tokens that only read; ``thin``: what takes
+          some edges of a :class:`~graphmoe.typing.Routing` away.
+        - **output:** what was read, as ``x``, 0 for padding, to be added by the caller;
           :class:`~graphmoe.typing.MemoryState`; :class:`~graphmoe.typing.MemoryRecord`.
 
     Raises:
         ConfigError: ``k`` outside ``[1, S]``, heads that do not divide ``D``, a ``key`` without ``binding``
-            or the other way round, a state or a mask of other sizes.
+            or the other way round, a state or a mask of other sizes, tokens ``[N, D]`` without ``batch``.
     """
 
     def __init__(
@@ -74,12 +78,11 @@ class MemoryLayer(nn.Module):
         self.channels, self.num_slots, self.k, self.heads = channels, num_slots, k, heads
         self.read_dependent_gate = read_dependent_gate
         width = channels // 2 if router_hidden is None else router_hidden
-        self.hidden = nn.Sequential(nn.Linear(channels, width), nn.ReLU()) if width else None
-        options = {"temperature": temperature}
+        options = {"temperature": temperature, "hidden_channels": width or None}
         if k == num_slots:
-            self.router = DenseRouter(width or channels, num_slots, **options)
+            self.router = DenseRouter(channels, num_slots, **options)
         else:
-            self.router = TopKRouter(width or channels, num_slots, k, **options)
+            self.router = TopKRouter(channels, num_slots, k, **options)
         self.bank = MemoryBank(num_slots, channels)
         self.read = ReadConv(channels, channels, heads)
         self.write = WriteConv(channels, channels)
@@ -93,8 +96,6 @@ class MemoryLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        if self.hidden is not None:
-            self.hidden[0].reset_parameters()
         for module in (self.router, self.bank, self.read, self.write, self.lin_gate, self.lin_out):
             module.reset_parameters()
         for lin in (self.lin_write_key, self.lin_read_key):
@@ -111,112 +112,128 @@ class MemoryLayer(nn.Module):
         key: Tensor | None = None,
         write: Tensor | None = None,
         thin: Callable[[Routing], Routing] | None = None,
+        batch: Tensor | None = None,
+        batch_size: int | None = None,
     ) -> tuple[Tensor, MemoryState, MemoryRecord]:
-        slots, steps = self._start(x, mask, state, key, write)
-        batch, length = x.shape[:2]
+        self._check(x, batch, {"mask": mask, "write": write, "key": key})
+        if batch is None:
+            token = torch.arange(x.shape[:2].numel(), device=x.device)
+            batch, batch_size = token.div(max(x.size(1), 1), rounding_mode="floor"), x.size(0)
+        slots, steps = self._start(state, batch, batch_size)
         flat = None if mask is None else mask.flatten()
-        routing = self.route(x.flatten(0, 1), flat)
+        tokens = x.reshape(-1, self.channels)  # [N, D]
+        routing = self.router(tokens, mask=flat)
         routing = routing if thin is None else thin(routing)
         slot, weight = in_token_order(routing, self.k)  # [N, k]
         # Absent edges have weight 0, which changes nothing; spread over the slots they hold nobody up.
         token = torch.arange(len(slot), device=x.device)
         slot = torch.where(slot < self.num_slots, slot, token.unsqueeze(1) % self.num_slots)
-        may = torch.ones_like(token, dtype=torch.bool) if write is None else write.flatten()
-        key_w = None if key is None else self.lin_write_key(key.flatten(0, 1))
-        step = self._step_by_step if self.read_dependent_gate else self._side_by_side
-        heard, slots, alpha, gate = step(x, slots, slot, weight, may, key_w)
+        may = torch.ones_like(batch, dtype=torch.bool) if write is None else write.flatten()
+        key = None if key is None else key.reshape(-1, self.channels)
+        parts = [tokens, batch, slot, weight, may, None if key is None else self.lin_write_key(key)]
+        keep = None if flat is None else flat.nonzero().squeeze(1)
+        if keep is not None:  # padding takes no time
+            parts = [None if part is None else part.index_select(0, keep) for part in parts]
+        pass_on = self._step_by_step if self.read_dependent_gate else self._side_by_side
+        heard, slots, alpha, gate = pass_on(slots, *parts)
+        if keep is not None:
+            heard, alpha, gate = (
+                t.new_zeros(len(slot), *t.shape[1:]).index_copy(0, keep, t) for t in (heard, alpha, gate)
+            )
         if key is not None:
-            heard = heard * self.lin_read_key(key.flatten(0, 1))
-        out = self.lin_out(heard).view(x.shape)
-        steps = steps + (length if mask is None else mask.sum(dim=1))
-        return out, MemoryState(slots, steps), MemoryRecord(routing, alpha, gate, flat)
-
-    def route(self, x: Tensor, mask: Tensor | None = None) -> Routing:
-        """The slots of tokens ``x [N, D]``, in at least fp32 whatever autocast says."""
-        if self.hidden is not None:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            lin = self.hidden[0]
-            with torch.autocast(x.device.type, enabled=False):
-                x = nn.functional.linear(x.to(dtype), lin.weight.to(dtype), lin.bias.to(dtype)).relu()
-        return self.router(x, mask=mask)
+            heard = heard * self.lin_read_key(key)
+        steps = steps + torch.bincount(parts[1], minlength=len(slots))
+        return (
+            self.lin_out(heard).view(x.shape),
+            MemoryState(slots, steps),
+            MemoryRecord(routing, alpha, gate, flat),
+        )
 
     def _side_by_side(
-        self, x: Tensor, slots: Tensor, slot: Tensor, weight: Tensor, may: Tensor, key: Tensor | None
+        self,
+        slots: Tensor,
+        x: Tensor,
+        sequence: Tensor,
+        slot: Tensor,
+        weight: Tensor,
+        may: Tensor,
+        key: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All steps at once: what was read ``[N, D]``, the slots afterwards, attention and gates."""
-        batch, length, channels = x.shape
-        x = x.flatten(0, 1)
+        """All steps of tokens ``x [N, D]`` at once: what was read ``[N, D]``, the slots afterwards, attention
+        and gates."""
         gate = self.lin_gate(x).sigmoid().squeeze(1) * may
         token = torch.arange(x.size(0), device=x.device)
-        sequence = token.div(max(length, 1), rounding_mode="floor")
         place = (slot + sequence.unsqueeze(1) * self.num_slots).flatten()
         edges = torch.stack([token.repeat_interleave(self.k), place])
         after, before = self.write(
             (x, slots.flatten(0, 1)), edges, weight.flatten(), gate, edges[0], key=key, return_before=True
         )
-        near = before.view(-1, self.k, channels)
+        near = before.view(-1, self.k, self.channels)
         heard, alpha = self.read((near, x), edge_weight=weight, return_attention_weights=True)
-        return heard, after.view(batch, self.num_slots, channels), alpha, gate
+        return heard, after.view(slots.shape), alpha, gate
 
     def _step_by_step(
-        self, x: Tensor, slots: Tensor, slot: Tensor, weight: Tensor, may: Tensor, key: Tensor | None
+        self,
+        slots: Tensor,
+        x: Tensor,
+        sequence: Tensor,
+        slot: Tensor,
+        weight: Tensor,
+        may: Tensor,
+        key: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As :meth:`_side_by_side`, with gates that see what was read."""
-        batch, length, channels = x.shape
-        terms = (t.to(slots.dtype) for t in self.write.terms(x.flatten(0, 1), key))
-        erase, update = (t.view(batch, length, 1, channels) for t in terms)
-        slot, weight = (t.view(batch, length, self.k) for t in (slot, weight))
-        may = may.view(batch, length, 1)
+        if not len(x):
+            return x, slots, weight.new_zeros(0, self.heads, self.k), x.new_zeros(0)
+        terms = (t.to(slots.dtype) for t in self.write.terms(x, key))
+        parts = [to_dense_batch(t, sequence, batch_size=len(slots)) for t in (x, slot, weight, may, *terms)]
+        x, slot, weight, may, erase, update = (part for part, _ in parts)  # [B, T, ...]
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for t in range(length):
-            place = slot[:, t].unsqueeze(-1).expand(-1, -1, channels)
+        for t in range(x.size(1)):
+            place = slot[:, t].unsqueeze(-1).expand(-1, -1, self.channels)
             near = slots.gather(1, place)  # [B, k, D]
             heard, alpha = self.read((near, x[:, t]), None, weight[:, t], True)
-            gate = self.lin_gate(torch.cat([heard, x[:, t]], dim=1)).sigmoid() * may[:, t]  # [B, 1]
+            seen = torch.cat([heard, x[:, t]], dim=1)
+            gate = self.lin_gate(seen).sigmoid() * may[:, t].unsqueeze(1)  # [B, 1]
             strength = (weight[:, t] * gate).unsqueeze(-1).to(slots.dtype)
             # Added, not set: an absent edge may meet a present one in its slot.
-            slots = slots.scatter_add(1, place, strength * (update[:, t] - erase[:, t] * near))
+            change = update[:, t].unsqueeze(1) - erase[:, t].unsqueeze(1) * near
+            slots = slots.scatter_add(1, place, strength * change)
             found.append((heard, alpha, gate))
-        if not found:
-            empty = x.new_zeros(0, channels)
-            return empty, slots, x.new_zeros(0, self.heads, self.k), x.new_zeros(0)
-        heard, alpha, gate = (torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*found, strict=True))
+        there = parts[0][1]
+        heard, alpha, gate = (torch.stack(series, dim=1)[there] for series in zip(*found, strict=True))
         return heard, slots, alpha, gate.squeeze(1)
 
     def _start(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        state: MemoryState | None,
-        key: Tensor | None,
-        write: Tensor | None,
+        self, state: MemoryState | None, batch: Tensor, batch_size: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Contents and steps before the first token, after a look at the arguments."""
-        if x.dim() != 3 or x.size(2) != self.channels:
-            raise ConfigError("not sequences of tokens", "x", f"[B, T, {self.channels}]", tuple(x.shape))
-        if (key is None) != (self.lin_write_key is None):
-            expected = "[B, T, D]" if key is None else "none without binding"
-            raise ConfigError("key does not fit the memory", "key", expected, None if key is None else "one")
-        sizes = {"mask": (mask, x.shape[:2]), "write": (write, x.shape[:2]), "key": (key, x.shape)}
-        for name, (value, shape) in sizes.items():
+        """Contents and steps before the first token."""
+        if state is not None:
+            size = len(state.slots) if batch_size is None else batch_size
+            shape = (size, self.num_slots, self.channels)
+            if state.slots.shape != shape or state.steps.shape != (size,):
+                raise ConfigError("of another size", "state", list(shape), tuple(state.slots.shape))
+            return state
+        if batch_size is None:
+            batch_size = int(batch.max()) + 1 if batch.numel() else 0
+        return self.bank(batch_size), torch.zeros(batch_size, dtype=torch.long, device=batch.device)
+
+    def _check(self, x: Tensor, batch: Tensor | None, others: dict[str, Tensor | None]) -> None:
+        expected = f"[B, T, {self.channels}]" if batch is None else f"[N, {self.channels}] with batch [N]"
+        if x.dim() != (3 if batch is None else 2) or x.size(-1) != self.channels:
+            raise ConfigError("not sequences of tokens", "x", expected, tuple(x.shape))
+        if batch is not None and batch.shape != x.shape[:1]:
+            raise ConfigError("of another size", "batch", [x.size(0)], tuple(batch.shape))
+        if (others["key"] is None) != (self.lin_write_key is None):
+            expected = "a key as large as x" if others["key"] is None else "none without binding"
+            got = None if others["key"] is None else "one"
+            raise ConfigError("key does not fit the memory", "key", expected, got)
+        for name, value in others.items():
+            shape = x.shape if name == "key" else x.shape[:-1]
             if value is not None and value.shape != shape:
                 raise ConfigError("of another size", name, list(shape), tuple(value.shape))
-        batch = x.size(0)
-        if state is None:
-            return self.bank(batch), torch.zeros(batch, dtype=torch.long, device=x.device)
-        shape = (batch, self.num_slots, self.channels)
-        if state.slots.shape != shape or state.steps.shape != (batch,):
-            raise ConfigError("of another size", "state", list(shape), tuple(state.slots.shape))
-        return state
 
     def extra_repr(self) -> str:
         gate = ", read_dependent_gate=True" if self.read_dependent_gate else ""
         binding = ", binding=True" if self.lin_write_key is not None else ""
         return f"{self.channels}, num_slots={self.num_slots}, k={self.k}{binding}{gate}"
-
-
-def in_token_order(routing: Routing, k: int) -> tuple[Tensor, Tensor]:
-    """Slot (or expert) of each place of tokens with ``k`` places, and its weight, each ``[N, k]``."""
-    expert = torch.empty_like(routing.expert).scatter(0, routing.perm, routing.expert)
-    weight = torch.zeros_like(routing.weight).scatter(0, routing.perm, routing.weight)
-    return expert.view(-1, k), weight.view(-1, k)

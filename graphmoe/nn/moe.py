@@ -1,4 +1,4 @@
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from graphmoe.nn.rows import (
     outputs_of_chosen,
     unexplained_by,
 )
-from graphmoe.typing import Record
+from graphmoe.typing import Record, Routing
 
 _NO_GHOSTS = {
     "contextual": "a router that listens to every expert would hear those asleep",
@@ -96,7 +96,8 @@ class MoELayer(nn.Module):
         - **input:** ``x [*, D]``; ``batch [*]``: the graph of each node, for ``expert_choice``, whose experts
           then choose in each graph as if it were alone, and for the capacity limit; ``mask [*]`` bool: False
           for nodes without edges, whose output is 0; ``rounds`` and ``steps``: other numbers of rounds of
-          ``collab`` and of passes of the experts than those the layer was made with.
+          ``collab`` and of passes of the experts than those the layer was made with; ``thin``: what takes
+          some edges of a :class:`~graphmoe.typing.Routing` away.
         - **output:** ``[*, D]``; with ``return_record=True`` also a :class:`~graphmoe.typing.Record`.
 
     Raises:
@@ -233,6 +234,7 @@ class MoELayer(nn.Module):
         *,
         rounds: int | None = None,
         steps: int | None = None,
+        thin: Callable[[Routing], Routing] | None = None,
         return_record: bool = False,
     ) -> Tensor | tuple[Tensor, Record]:
         self._check_knobs(rounds, steps)
@@ -248,6 +250,7 @@ class MoELayer(nn.Module):
             outputs = outputs_of_all(self.experts, x, **options)  # [N, E, D]
         offset = None if self.ghosts is None else self.ghosts.offset()
         routing = self.router(x if outputs is None else outputs, batch=batch, mask=mask, offset=offset)
+        routing = routing if thin is None else thin(routing)
         overflow = None
         if self.capacity_factor is not None and self.training:
             routing, overflow = limit_capacity(routing, self.capacity_factor, batch)

@@ -5,6 +5,7 @@ import torch
 
 from graphmoe.errors import ConfigError
 from graphmoe.nn import MemoryLayer, edge_form
+from graphmoe.nn.budget import within_budget
 from graphmoe.typing import MemoryState
 from tests.contract import assert_eval_changes_nothing, assert_every_parameter_learns, assert_same
 
@@ -19,7 +20,8 @@ def by_hand(layer, x, mask=None, key=None, write=None):
             if mask is not None and not mask[b, t]:
                 continue
             h = x[b, t]
-            score = layer.router.weight @ (h if layer.hidden is None else layer.hidden(h))
+            inner = layer.router.hidden
+            score = layer.router.weight @ (h if inner is None else inner(h).relu())
             mine = sorted(range(len(slots)), key=lambda s: (-score[s].item(), s))[: layer.k]
             weight = score[mine].softmax(0)
             near = torch.stack([slots[s] for s in mine])
@@ -173,6 +175,23 @@ def test_contract(name):
     assert f"num_slots=6, k={k}" in repr(layer)
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_sequences_may_stand_one_after_another(name, double):
+    layer = build(**OPTIONS[name])
+    x, options = inputs(layer)
+    there = options["mask"]
+    want, last, _ = layer(x, **options)
+    batch = torch.arange(3).repeat_interleave(there.sum(dim=1))
+    key = None if options["key"] is None else options["key"][there]
+    out, state, record = layer(x[there], key=key, write=options["write"][there], batch=batch)
+    torch.testing.assert_close(out, want[there], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state.slots, last.slots, rtol=1e-12, atol=1e-12)
+    assert torch.equal(state.steps, last.steps)
+    assert record.read.shape == (17, 4, layer.k)
+    _, state, _ = layer(x[there], key=key, batch=batch, batch_size=5)  # two sequences without a token
+    assert torch.equal(state.slots[4], layer.bank.slots)
+
+
 @pytest.mark.parametrize("batch, length", [(0, 3), (2, 0), (1, 1)])
 @pytest.mark.parametrize("name", ["plain", "read_dependent_gate"])
 def test_small_sizes(batch, length, name):
@@ -187,19 +206,8 @@ def test_edges_may_be_taken_away(double):
     parallel = build()
     x, _ = inputs(layer)
 
-    def lighter(routing):
-        """Without the lighter edge of each token."""
-        lost = routing.weight < 0.5
-        expert = torch.where(lost, 6, routing.expert)
-        order = expert.sort(stable=True).indices
-        token, weight = routing.token[order], (routing.weight * ~lost)[order]
-        ptr = torch.searchsorted(expert[order], torch.arange(7))
-        return routing._replace(
-            token=token, expert=expert[order], weight=weight, ptr=ptr, perm=routing.perm[order]
-        )
-
     for module in (layer, parallel):
-        out, state, record = module(x, thin=lighter)
+        out, state, record = module(x, thin=lambda routing: within_budget(routing, 0.999))
         assert int(record.routing.ptr[-1]) == 21
         assert ((record.read > 0).sum(dim=2) == 1).all()
         assert out.isfinite().all() and state.slots.isfinite().all()
@@ -219,7 +227,7 @@ def test_wrong_input():
     layer, x = build(), torch.randn(2, 3, 8)
     with pytest.raises(ConfigError, match="key: key does not fit the memory; expected none without binding"):
         layer(x, key=x)
-    with pytest.raises(ConfigError, match=r"key: key does not fit the memory; expected \[B, T, D\]"):
+    with pytest.raises(ConfigError, match=r"key: key does not fit the memory; expected a key as large as x"):
         build(binding=True)(x)
     with pytest.raises(ConfigError, match=r"mask: of another size; expected \[2, 3\]"):
         layer(x, torch.ones(2, 4, dtype=torch.bool))
@@ -227,3 +235,5 @@ def test_wrong_input():
         layer(x, state=MemoryState(torch.zeros(1, 6, 8), torch.zeros(1, dtype=torch.long)))
     with pytest.raises(ConfigError, match=r"x: not sequences of tokens; expected \[B, T, 8\]"):
         layer(x[0])
+    with pytest.raises(ConfigError, match=r"batch: of another size; expected \[3\]"):
+        layer(x[0], batch=torch.zeros(2, dtype=torch.long))
