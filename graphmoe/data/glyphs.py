@@ -25,8 +25,8 @@ FAMILIES = {
 SCRIPTS = ("Latin", "Greek", "Cyrillic", "Armenian", "Georgian")
 """Of letters that look alike the one of the earlier script stays."""
 
-ALIKE = 0.82
-"""Two letters are one if their ink has more than this correlation in any upright face."""
+ALIKE = 0.86
+"""Two letters are one if their ink has more than this correlation in any face."""
 
 
 @cache
@@ -87,13 +87,14 @@ def _draw(file: Path, letters: list[str]) -> np.ndarray:
 
 def _different(images: np.ndarray) -> np.ndarray:
     """Letters that look like no earlier one, of ``images [letters, faces, SIDE, SIDE]``."""
-    upright = [
-        place for place, face in enumerate(f for faces in FAMILIES.values() for f in faces) if face == ""
-    ]
-    ink = images[:, upright].reshape(len(images), len(upright), -1).transpose(1, 0, 2).astype(np.float32)
+    ink = (
+        images.reshape(*images.shape[:2], -1).transpose(1, 0, 2).astype(np.float32)
+    )  # [faces, letters, pixels]
     ink -= ink.mean(axis=2, keepdims=True)
     ink /= np.maximum(np.linalg.norm(ink, axis=2, keepdims=True), 1e-6)
-    alike = (ink @ ink.transpose(0, 2, 1)).max(axis=0) > ALIKE  # [letters, letters]
+    alike = np.zeros((len(images), len(images)), dtype=bool)
+    for face in ink:
+        alike |= face @ face.T > ALIKE
     kept: list[int] = []
     for letter in range(len(images)):
         if not alike[letter, kept].any():
