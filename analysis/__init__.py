@@ -16,6 +16,7 @@ from analysis.connections import (
     expert_connections_over_time,
 )
 from analysis.curves import has_curves, training_curves
+from analysis.few_shot import few_shot_accuracy, has_episode, has_few_shot, memory_episode
 from analysis.ghost import ghost_timeline
 from analysis.hyperedges import hyperedge_weights
 from analysis.hypergraph import hypergraph
@@ -55,6 +56,8 @@ PLOTS: dict[Plot, Callable[[RunRecord], bool]] = {
     specialisation: lambda record: _several(record, "load") and has(record, "specialisation"),
     expert_similarity: lambda record: _several(record, "final_cka"),
     routing_information: lambda record: _routed(record),
+    memory_episode: has_episode,
+    few_shot_accuracy: has_few_shot,
     orthogonality: lambda record: has(record, "orthogonality_strength") or has(record, "overlap"),
     routing_load: is_routed,
     routing_tokens: is_routed,
