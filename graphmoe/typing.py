@@ -29,6 +29,7 @@ RETURNS = (EXPERT, "returns", TOKEN)
 WRITES = (TOKEN, "writes", SLOT)
 ANSWERS = (SLOT, "answers", TOKEN)
 PRECEDES = (SLOT, "precedes", SLOT)
+FEEDS = (NEURON, "feeds", NEURON)
 
 NEVER = -1e4
 """Router logit of an edge that must not exist: finite, and exactly 0 after a softmax in fp32."""

@@ -50,7 +50,7 @@ ALLOWED = {
     # The command may be given a model to trace; no plot ever sees one.
     "analysis.__main__": {"viz", "errors", "checkpoint", "analysis"},
 }
-NN_PARTS = ("attend", "route", "expert", "couple", "fuse", "memory")
+NN_PARTS = ("attend", "route", "expert", "couple", "fuse", "memory", "sparse")
 
 
 def module_name(path: Path) -> str:

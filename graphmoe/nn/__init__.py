@@ -33,6 +33,7 @@ from graphmoe.nn.route import (
     limit_capacity,
 )
 from graphmoe.nn.row_attention import RowAttention
+from graphmoe.nn.sparse import SparseLinear, WeightedSumConv, to_sparse
 
 __all__ = [
     "AttendConv",
@@ -62,12 +63,15 @@ __all__ = [
     "ReadConv",
     "RowAttention",
     "SlotWriteConv",
+    "SparseLinear",
     "SumFusion",
     "ThresholdRouter",
     "TopKRouter",
+    "WeightedSumConv",
     "WriteConv",
     "edge_form",
     "limit_capacity",
     "moe_layers",
     "rotary",
+    "to_sparse",
 ]

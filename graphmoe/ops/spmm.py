@@ -107,7 +107,7 @@ def _ends(ptr: Tensor, source: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     edges = torch.sparse_csr_tensor(
         ptr, source, x.new_zeros(count), (targets, sources), check_invariants=False
     )
-    return torch.sparse.sampled_addmm(edges, grad, x.t(), beta=0.0, out=edges).values()
+    return torch.sparse.sampled_addmm(edges, grad, x.t(), beta=0.0).values()
 
 
 class _SpMM(torch.autograd.Function):

@@ -63,6 +63,14 @@ class Topology:
         edges = torch.stack([self.source.long(), targets.repeat_interleave(self.ptr.diff())])
         return edges if self.order is None else torch.empty_like(edges).index_copy_(1, self.order, edges)
 
+    def copy_(self, other: "Topology") -> "Topology":
+        """Become another topology of as many nodes and sorted edges, in place: compiled code sees the same
+        tensors."""
+        for mine, new in zip(self.tensors(), other.tensors(), strict=True):
+            if mine is not None:
+                mine.copy_(new)
+        return self
+
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What the operator takes."""
         return self.ptr, self.source, self.order, self.ptr_t, self.target_t, self.perm
