@@ -1,6 +1,8 @@
 """What the commands of this package share: a parser that says what is wrong in one line."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -29,11 +31,17 @@ def run_command(
         argv: Command line without the program's name.
 
     Returns:
-        0, or 2 after one line on standard error.
+        0, or 2 after one line on standard error, or 141 where nobody reads standard output any more, as
+        behind ``| head``.
     """
     args = parser.parse_args(argv)
     try:
         command(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it exits, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (GraphMoEError, OSError) as error:
         print(f"{parser.prog}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2

@@ -1,7 +1,9 @@
 """A command around a run: the device and the directory it gets, and the exit status it ends with."""
 
 import os
+import select
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -37,20 +39,40 @@ def exit_code(main: Callable[[Sequence[str] | None], Any], argv: Sequence[str] |
     Returns:
         0; or 2 after a :class:`~graphmoe.errors.GraphMoEError`, written to stderr as one line (of the
         processes that torchrun starts on a machine, by the first); or 130 after Ctrl-C; or
-        ``128 + signum`` after :class:`Stopped` (143 for SIGTERM).
+        ``128 + signum`` after :class:`Stopped` (143 for SIGTERM); or 141 where nobody reads stdout any more,
+        as behind ``| head``.
     """
     try:
         main(argv)
+        sys.stdout.flush()
     except Stopped as stop:
         return 128 + stop.signum
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + signal.SIGPIPE
     except GraphMoEError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return 2  # all processes end for the same reason, and the first says it
         sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")
         return 2
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe without a reader; what is still to be written to it is then thrown away."""
+    try:
+        output, poll = sys.stdout.fileno(), select.poll()
+    except (OSError, ValueError, AttributeError):  # no file, or a system without it
+        return False
+    poll.register(output, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    # Python flushes once more when it exits, and would complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def resolve_device(name: str) -> str:

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,4 +127,40 @@ def test_bugs_keep_their_traceback():
         raise RuntimeError("bug")
 
     with pytest.raises(RuntimeError, match="bug"):
+        exit_code(main)
+
+
+ROOT = Path(__file__).parents[2]
+TALKS = """
+import sys
+from graphmoe.train.command import exit_code
+
+def main(argv):
+    print("first", flush=True)
+    sys.stdin.read()
+    print(*range({lines}), sep="\\n")
+
+sys.exit(exit_code(main))
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["-u"]])
+@pytest.mark.parametrize("lines", [1, 100_000])  # kept back until the end, and not
+def test_who_stops_reading_hears_nothing_more(lines, flags, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    command = [sys.executable, *flags, "-c", TALKS.format(lines=lines)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == b"first\n"
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
+def test_another_broken_pipe_is_a_bug():
+    def main(argv):
+        raise BrokenPipeError("of some worker")
+
+    with pytest.raises(BrokenPipeError, match="of some worker"):
         exit_code(main)
