@@ -2,6 +2,7 @@ from graphmoe.nn.attend import AttendConv, rotary
 from graphmoe.nn.block import Block
 from graphmoe.nn.couple import CollabConv, CoupleConv, HyperCoupleConv
 from graphmoe.nn.edge_form import edge_form
+from graphmoe.nn.episode_memory import EpisodeMemory, EpisodeState
 from graphmoe.nn.expert import (
     ExpertConv,
     FeedForward,
@@ -17,6 +18,7 @@ from graphmoe.nn.memory import (
     LinkConv,
     MemoryBank,
     ReadConv,
+    RecallConv,
     SlotWriteConv,
     WriteConv,
 )
@@ -45,6 +47,8 @@ __all__ = [
     "DNCCell",
     "DNCMemory",
     "DenseRouter",
+    "EpisodeMemory",
+    "EpisodeState",
     "ExpertChoiceRouter",
     "ExpertConv",
     "FeedForward",
@@ -61,6 +65,7 @@ __all__ = [
     "ProjectedFusion",
     "RMSNorm",
     "ReadConv",
+    "RecallConv",
     "RowAttention",
     "SlotWriteConv",
     "SparseLinear",
