@@ -61,7 +61,10 @@ class MocaModel(MocaPreTrainedModel):
 
     with :math:`d(t)` the place behind the last delimiter before token ``t`` and :math:`\phi(t)` the number of
     those: a token is found where one of the same place was written, however long the sequence was. Nothing
-    else crosses from token to token but the memory. Memories with binding have :math:`P` as their key.
+    else crosses from token to token but the memory. Memories with a key have :math:`P` as theirs.
+
+    ``budget_strength`` is a buffer, a factor of the floor of edges and of the budget loss, which a training
+    callback may move; it starts at 1.
 
     Args:
         config: Sizes.
@@ -92,6 +95,7 @@ class MocaModel(MocaPreTrainedModel):
                 hidden_channels=config.intermediate_size,
                 heads=config.num_memory_heads,
                 binding=config.memory_binding,
+                address=config.memory_address,
                 read_dependent_gate=config.read_dependent_gate,
                 temperature=config.router_temperature,
                 budget=config.budget_coef > 0,
@@ -100,6 +104,7 @@ class MocaModel(MocaPreTrainedModel):
             for _ in range(config.num_hidden_layers)
         )
         self.norm = nn.LayerNorm(size)
+        self.register_buffer("budget_strength", torch.ones(()))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -131,12 +136,13 @@ class MocaModel(MocaPreTrainedModel):
         where = self.position(present.take(position)) + self.phase(present.phase)
         x = self.embedding_norm(self.token(present.take(input_ids)) + where)
         memories, records = [], []
-        key = where if self.config.num_slots and self.config.memory_binding else None
+        key = where if self.config.num_slots and self.config.memory_wants_key else None
         before = (None,) * len(self.layers) if state is None else state.memory
         for layer, memory in zip(self.layers, before, strict=True):
             x, memory, record = layer(
-                x, None, memory, key=key, batch=present.sequence, batch_size=len(input_ids)
-            )
+                x, None, memory, key=key, batch=present.sequence, batch_size=len(input_ids),
+                strength=self.budget_strength,
+            )  # fmt: skip
             memories.append(memory)
             records.append(record)
         return self.norm(x), MocaState(tuple(memories), *last), tuple(records), present
@@ -251,7 +257,9 @@ class MocaForTokenPrediction(MocaPreTrainedModel):
                 )
                 terms.setdefault("collision", []).append(value)
             if config.budget_coef and record.usage is not None:
-                value = losses.budget(record.usage, record.budget, config.budget_limit)
+                value = self.model.budget_strength * losses.budget(
+                    record.usage, record.budget, config.budget_limit
+                )
                 terms.setdefault("budget", []).append(value)
         return {name: torch.stack(values).mean() for name, values in terms.items()}
 

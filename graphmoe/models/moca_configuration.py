@@ -20,6 +20,7 @@ class MocaConfig(PreTrainedConfig):
         num_slots_per_tok: Slots a token.
         num_memory_heads: Attention heads of reading; divides ``hidden_size``.
         memory_binding: Multiply what is written, and what is read, by a map of the position.
+        memory_address: What chooses slots: the ``token``, or the ``key``, its position.
         read_dependent_gate: Let the gate of writing see what was read: one step after another.
         router_temperature: Divides the scores of all routers.
         budget_coef: Weight of the budget loss; 0: tokens have no budget.
@@ -52,6 +53,7 @@ class MocaConfig(PreTrainedConfig):
     num_slots_per_tok: int = 2
     num_memory_heads: int = 4
     memory_binding: bool = True
+    memory_address: str = "token"
     read_dependent_gate: bool = False
     router_temperature: float | int = 1.0
     budget_coef: float | int = 0.05
@@ -77,3 +79,8 @@ class MocaConfig(PreTrainedConfig):
         if self.budget_coef and not self.num_slots and self.num_experts == 1:
             what = "nothing is routed, so nothing can be saved"
             raise ConfigError(what, "budget_coef", "0 without slots and experts", self.budget_coef)
+
+    @property
+    def memory_wants_key(self) -> bool:
+        """Whether memories are given the positions of tokens."""
+        return self.memory_binding or self.memory_address == "key"

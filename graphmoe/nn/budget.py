@@ -14,7 +14,7 @@ def in_token_order(routing: Routing, k: int) -> tuple[Tensor, Tensor]:
     return expert.view(-1, k), weight.view(-1, k)
 
 
-def within_budget(routing: Routing, floor: float, budget: Tensor | None = None) -> Routing:
+def within_budget(routing: Routing, floor: float | Tensor, budget: Tensor | None = None) -> Routing:
     r"""Take away edges whose weight times the budget of their token lies under a floor,
 
     .. math::

@@ -11,6 +11,8 @@ from graphmoe.nn.memory import MemoryBank, ReadConv, WriteConv
 from graphmoe.nn.route import DenseRouter, TopKRouter
 from graphmoe.typing import MemoryRecord, MemoryState, Routing
 
+ADDRESSES = ("token", "key")
+
 
 class MemoryLayer(nn.Module):
     r"""A memory of few slots for each sequence, written and read token by token along routed edges.
@@ -41,6 +43,7 @@ class MemoryLayer(nn.Module):
         k: Slots a token, ``1 <= k <= S``; ``k = S`` is a dense memory.
         heads: Attention heads of reading; must divide ``D``.
         binding: Bind what is written to a key.
+        address: What the router looks at: the ``token``, or its ``key``.
         read_dependent_gate: Let the gate see what was read.
         temperature: Of the router.
         router_hidden: Channels of the hidden layer of the router; 0: none. Default: ``D / 2``.
@@ -50,8 +53,9 @@ class MemoryLayer(nn.Module):
           ``batch [N]``, the ascending number of the sequence of each; ``mask [B, T]`` bool, False for
           padding, which has no edges and which ``batch`` has no use for; ``state``, or ``None`` for
           sequences that begin (then as many as ``batch_size``, or as ``batch`` names); ``key`` as ``x``, with
-          ``binding``; ``write [B, T]`` or ``[N]`` bool: False for tokens that only read; ``thin``: what takes
-          some edges of a :class:`~graphmoe.typing.Routing` away.
+          ``binding`` or such an ``address``; ``write [B, T]`` or ``[N]`` bool: False for
+          tokens that only read; ``thin``: what takes some edges of a
+          :class:`~graphmoe.typing.Routing` away.
         - **output:** what was read, as ``x``, 0 for padding, to be added by the caller;
           :class:`~graphmoe.typing.MemoryState`; :class:`~graphmoe.typing.MemoryRecord`.
 
@@ -68,6 +72,7 @@ class MemoryLayer(nn.Module):
         heads: int = 4,
         *,
         binding: bool = False,
+        address: str = "token",
         read_dependent_gate: bool = False,
         temperature: float = 1.0,
         router_hidden: int | None = None,
@@ -76,7 +81,9 @@ class MemoryLayer(nn.Module):
         if not 1 <= k <= num_slots:
             raise ConfigError("k must not exceed the number of slots", "k", f"1 <= k <= {num_slots}", k)
         self.channels, self.num_slots, self.k, self.heads = channels, num_slots, k, heads
-        self.read_dependent_gate = read_dependent_gate
+        if address not in ADDRESSES:
+            raise ConfigError("unknown address", "address", f"one of {', '.join(ADDRESSES)}", address)
+        self.by_key, self.read_dependent_gate = address == "key", read_dependent_gate
         width = channels // 2 if router_hidden is None else router_hidden
         options = {"temperature": temperature, "hidden_channels": width or None}
         if k == num_slots:
@@ -122,15 +129,16 @@ class MemoryLayer(nn.Module):
         slots, steps = self._start(state, batch, batch_size)
         flat = None if mask is None else mask.flatten()
         tokens = x.reshape(-1, self.channels)  # [N, D]
-        routing = self.router(tokens, mask=flat)
+        key = None if key is None else key.reshape(-1, self.channels)
+        routing = self.router(key if self.by_key else tokens, mask=flat)
         routing = routing if thin is None else thin(routing)
         slot, weight = in_token_order(routing, self.k)  # [N, k]
         # Absent edges have weight 0, which changes nothing; spread over the slots they hold nobody up.
         token = torch.arange(len(slot), device=x.device)
         slot = torch.where(slot < self.num_slots, slot, token.unsqueeze(1) % self.num_slots)
         may = torch.ones_like(batch, dtype=torch.bool) if write is None else write.flatten()
-        key = None if key is None else key.reshape(-1, self.channels)
-        parts = [tokens, batch, slot, weight, may, None if key is None else self.lin_write_key(key)]
+        bound = None if self.lin_write_key is None else self.lin_write_key(key)
+        parts = [tokens, batch, slot, weight, may, bound]
         keep = None if flat is None else flat.nonzero().squeeze(1)
         if keep is not None:  # padding takes no time
             parts = [None if part is None else part.index_select(0, keep) for part in parts]
@@ -140,7 +148,7 @@ class MemoryLayer(nn.Module):
             heard, alpha, gate = (
                 t.new_zeros(len(slot), *t.shape[1:]).index_copy(0, keep, t) for t in (heard, alpha, gate)
             )
-        if key is not None:
+        if self.lin_read_key is not None:
             heard = heard * self.lin_read_key(key)
         steps = steps + torch.bincount(parts[1], minlength=len(slots))
         return (
@@ -224,7 +232,7 @@ class MemoryLayer(nn.Module):
             raise ConfigError("not sequences of tokens", "x", expected, tuple(x.shape))
         if batch is not None and batch.shape != x.shape[:1]:
             raise ConfigError("of another size", "batch", [x.size(0)], tuple(batch.shape))
-        if (others["key"] is None) != (self.lin_write_key is None):
+        if (others["key"] is None) != (self.lin_write_key is None and not self.by_key):
             expected = "a key as large as x" if others["key"] is None else "none without binding"
             got = None if others["key"] is None else "one"
             raise ConfigError("key does not fit the memory", "key", expected, got)

@@ -34,12 +34,14 @@ class MocaLayer(nn.Module):
         k: Experts a token.
         hidden_channels: Channels inside an expert. Default: ``2 * D``.
         heads: Attention heads of reading.
-        binding, read_dependent_gate, temperature: Of the memory; the temperature is also that of the experts.
+        binding, address, read_dependent_gate, temperature: Of the memory; the temperature is also that of the
+            experts.
         budget: Whether tokens have a budget.
         edge_floor: :math:`\phi`, in [0, 1): which edges are left out; without a budget ``b`` is 1.
 
     Shapes:
-        - **input:** as :class:`MemoryLayer`, without ``thin``.
+        - **input:** as :class:`MemoryLayer`, without ``thin``; ``strength``: scalar by which the floor is
+          multiplied.
         - **output:** as ``x``; :class:`~graphmoe.typing.MemoryState`, or ``None`` without a memory;
           :class:`~graphmoe.typing.MocaRecord`.
 
@@ -59,6 +61,7 @@ class MocaLayer(nn.Module):
         hidden_channels: int | None = None,
         heads: int = 4,
         binding: bool = False,
+        address: str = "token",
         read_dependent_gate: bool = False,
         temperature: float = 1.0,
         budget: bool = False,
@@ -76,7 +79,8 @@ class MocaLayer(nn.Module):
             self.memory_norm = nn.LayerNorm(channels)
             self.memory = MemoryLayer(
                 channels, num_slots, slots_per_token, heads,
-                binding=binding, read_dependent_gate=read_dependent_gate, temperature=temperature,
+                binding=binding, address=address, read_dependent_gate=read_dependent_gate,
+                temperature=temperature,
             )  # fmt: skip
         self.norm = nn.LayerNorm(channels)
         if num_experts == 1:
@@ -112,6 +116,7 @@ class MocaLayer(nn.Module):
         write: Tensor | None = None,
         batch: Tensor | None = None,
         batch_size: int | None = None,
+        strength: Tensor | None = None,
     ) -> tuple[Tensor, MemoryState | None, MocaRecord]:
         if self.memory is None and (state is not None or key is not None):
             raise ConfigError("there is no memory to go on with", "state", "None without slots", "a state")
@@ -124,12 +129,12 @@ class MocaLayer(nn.Module):
         if self.memory is not None:
             heard, state, remembered = self.memory(
                 self.memory_norm(x), mask, state, key=key, write=write,
-                thin=self._thin(budget, usage), batch=batch, batch_size=batch_size,
+                thin=self._thin(budget, usage, strength), batch=batch, batch_size=batch_size,
             )  # fmt: skip
             x = x + heard
         if isinstance(self.experts, MoELayer):
             out, chosen = self.experts(
-                self.norm(x), mask=mask, thin=self._thin(budget, usage), return_record=True
+                self.norm(x), mask=mask, thin=self._thin(budget, usage, strength), return_record=True
             )
         else:
             out = self.experts(self.norm(x))
@@ -143,12 +148,17 @@ class MocaLayer(nn.Module):
             flat,
         )  # fmt: skip
 
-    def _thin(self, budget: Tensor | None, usage: list[Tensor]) -> Callable[[Routing], Routing]:
+    def _thin(
+        self, budget: Tensor | None, usage: list[Tensor], strength: Tensor | None
+    ) -> Callable[[Routing], Routing]:
         """What notes how much of a routing is used, and then leaves the rest out."""
 
         def thin(routing: Routing) -> Routing:
             usage.append(effective_edges(routing))
-            return within_budget(routing, self.edge_floor, budget) if self.edge_floor else routing
+            if not self.edge_floor:
+                return routing
+            floor = self.edge_floor if strength is None else self.edge_floor * strength
+            return within_budget(routing, floor, budget)
 
         return thin
 

@@ -21,7 +21,8 @@ def by_hand(layer, x, mask=None, key=None, write=None):
                 continue
             h = x[b, t]
             inner = layer.router.hidden
-            score = layer.router.weight @ (h if inner is None else inner(h).relu())
+            seen = key[b, t] if layer.by_key else h
+            score = layer.router.weight @ (seen if inner is None else inner(seen).relu())
             mine = sorted(range(len(slots)), key=lambda s: (-score[s].item(), s))[: layer.k]
             weight = score[mine].softmax(0)
             near = torch.stack([slots[s] for s in mine])
@@ -39,7 +40,7 @@ def by_hand(layer, x, mask=None, key=None, write=None):
             if write is not None:
                 gate = gate * write[b, t]
             erase, update = layer.write.lin_erase(h).sigmoid(), layer.write.lin_update(h)
-            if key is not None:
+            if layer.lin_write_key is not None:
                 update = update * layer.lin_write_key(key[b, t])
                 heard = heard * layer.lin_read_key(key[b, t])
             for w, s in zip(weight, mine, strict=True):
@@ -60,6 +61,7 @@ OPTIONS = {
     "read_dependent_gate": {"read_dependent_gate": True},
     "both": {"binding": True, "read_dependent_gate": True},
     "dense": {"k": 6},
+    "by key": {"address": "key"},
     "no hidden": {"router_hidden": 0, "k": 1},
 }
 
@@ -73,7 +75,8 @@ def inputs(layer, batch=3, length=7):
     mask = torch.ones(batch, length, dtype=torch.bool)
     mask[0, 4:] = mask[1, 0] = False
     write = torch.rand(batch, length) < 0.7
-    key = torch.randn(batch, length, 8) if layer.lin_read_key is not None else None
+    wanted = layer.lin_read_key is not None or layer.by_key
+    key = torch.randn(batch, length, 8) if wanted else None
     return x, {"mask": mask, "write": write, "key": key}
 
 
@@ -224,6 +227,8 @@ def test_wrong_input():
         build(k=7)
     with pytest.raises(ConfigError, match="heads: heads must divide"):
         build(heads=3)
+    with pytest.raises(ConfigError, match="address: unknown address; expected one of token, key; got 'time'"):
+        build(address="time")
     layer, x = build(), torch.randn(2, 3, 8)
     with pytest.raises(ConfigError, match="key: key does not fit the memory; expected none without binding"):
         layer(x, key=x)
