@@ -112,6 +112,9 @@ class DNCMemory(nn.Module):
         - **input:** :class:`SlotState`, interface vectors ``[B, W R + 3 W + 5 R + 3]``.
         - **output:** the state after the step, what was read ``[B, R, W]``, and how far the step allocates,
           ``[B, 1]``.
+
+    Raises:
+        ConfigError: No heads, no channels, no slots, or an interface of another size.
     """
 
     def __init__(self, heads: int, width: int):
@@ -158,6 +161,9 @@ class DNCMemory(nn.Module):
         )
 
     def forward(self, state: SlotState, interface: Tensor) -> tuple[SlotState, Tensor, Tensor]:
+        if interface.size(-1) != self.interface_size:
+            got = tuple(interface.shape)
+            raise ConfigError("not an interface vector", "interface", f"[B, {self.interface_size}]", got)
         # A usage or a product of usages in half precision would round to 1 and free no slot.
         with torch.autocast(interface.device.type, enabled=False):
             told = interface.to(state.memory.dtype)
