@@ -101,7 +101,7 @@ def test_bounds_hold_over_a_thousand_steps(dtype):
             state, reads, allocates = memory(state, told)
             assert reads.dtype == dtype and reads.isfinite().all()
             for part in (state.usage, allocates):
-                assert (0 <= part).all() and (part <= 1 + 1e-6).all()
+                assert (part >= 0).all() and (part <= 1 + 1e-6).all()
             for part in (state.read_weights, state.write_weights, state.precedence):
                 assert (part >= 0).all() and (part.sum(dim=-1) <= 1 + 1e-5).all()
             links = state.link
