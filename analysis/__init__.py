@@ -22,6 +22,7 @@ from analysis.hyperedges import hyperedge_weights
 from analysis.hypergraph import hypergraph
 from analysis.inference import inference_knobs
 from analysis.load import drop_rate, expert_load, expert_load_over_time
+from analysis.memory import copy_accuracy, has_copies, has_memory, has_slot_load, memory_map, slot_load
 from analysis.orthogonality import orthogonality
 from analysis.routing import is_compared, is_routed
 from analysis.routing_decisions import routing_decisions
@@ -56,6 +57,9 @@ PLOTS: dict[Plot, Callable[[RunRecord], bool]] = {
     specialisation: lambda record: _several(record, "load") and has(record, "specialisation"),
     expert_similarity: lambda record: _several(record, "final_cka"),
     routing_information: lambda record: _routed(record),
+    memory_map: has_memory,
+    slot_load: has_slot_load,
+    copy_accuracy: has_copies,
     memory_episode: has_episode,
     few_shot_accuracy: has_few_shot,
     orthogonality: lambda record: has(record, "orthogonality_strength") or has(record, "overlap"),
