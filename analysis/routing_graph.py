@@ -17,6 +17,7 @@ MAX_EDGES = 60
 ALPHA = 0.05
 """Probability that a panel has any edge where experts are chosen independently."""
 _MOST = 3.0  # the colours end at a factor of 2 ** 3
+_REACH = 1.45  # half a panel, where the circle of experts has radius 1: names lie outside the largest
 RATIOS = LinearSegmentedColormap.from_list("ratios", ("#f3c98b", "#d55e00", "#6b1d00"))
 
 
@@ -41,19 +42,20 @@ def routing_graph(record: RunRecord) -> Figure:
     norm = Normalize(0, top)
     for ax, panel in zip(axes, panels, strict=True):
         panel.draw(ax, norm)
-    bar = fig.colorbar(
-        ScalarMappable(norm, RATIOS),
-        ax=axes,
-        label="meetings, times what independent choice gives",
-        aspect=25 * rows,
-        pad=0.02,
-        extend="max" if len(ratios) and np.log2(ratios).max() > _MOST else "neither",
-        extendfrac=0.03,
-    )
-    ticks = [tick for tick in (1, 1.1, 1.25, 1.5, 2, 3, 4, 6, 8) if np.log2(tick) <= top]
-    ticks = [tick for tick in ticks if tick in (1, 2, 4, 8)] if top > 2 else ticks
-    bar.set_ticks(np.log2(ticks), labels=[f"{tick:g}" for tick in ticks])
-    bar.outline.set_visible(False)
+    if len(ratios):
+        bar = fig.colorbar(
+            ScalarMappable(norm, RATIOS),
+            ax=axes,
+            label="meetings, times what independent choice gives",
+            aspect=25 * rows,
+            pad=0.02,
+            extend="max" if np.log2(ratios).max() > _MOST else "neither",
+            extendfrac=0.03,
+        )
+        ticks = [tick for tick in (1, 1.1, 1.25, 1.5, 2, 3, 4, 6, 8) if np.log2(tick) <= top]
+        ticks = [tick for tick in ticks if tick in (1, 2, 4, 8)] if top > 2 else ticks
+        bar.set_ticks(np.log2(ticks), labels=[f"{tick:g}" for tick in ticks])
+        bar.outline.set_visible(False)
     fig.legend(handles=_legend(), loc="outside lower center", ncols=3)
     return fig
 
@@ -118,23 +120,25 @@ class _Panel:
         most = 0.62 * np.pi / count  # radius of the busiest, so that neighbours do not touch
         unit = min(most / np.sqrt(max(self.load.max(), 1)), 0.13)
         busy = self.load > 0
-        sizes = (2 * _points(ax) * unit) ** 2 * np.maximum(self.load, 0)
+        radius = unit * np.sqrt(np.maximum(self.load, 0))
+        sizes = np.maximum((2 * _points(ax) * radius) ** 2, 7)  # a rare expert is still seen
         ax.scatter(*at[busy].T, s=sizes[busy], color=style.BLUE, edgecolors="white", linewidths=0.5, zorder=3)
         ax.scatter(*at[~busy].T, s=9, facecolors="white", edgecolors=style.QUIET, linewidths=0.8, zorder=3)
-        self._names(ax, at, angle)
+        self._names(ax, at, angle, radius)
         ax.set_title(self.title)
         ax.set_aspect("equal")
-        ax.set_xlim(-1.32, 1.32)
-        ax.set_ylim(-1.32, 1.32)
+        ax.set_xlim(-_REACH, _REACH)
+        ax.set_ylim(-_REACH, _REACH)
         ax.axis("off")
 
-    def _names(self, ax: Axes, at: np.ndarray, angle: np.ndarray) -> None:
+    def _names(self, ax: Axes, at: np.ndarray, angle: np.ndarray, radius: np.ndarray) -> None:
         """Write the experts' numbers around the circle; of very many only of those that meet."""
         count = len(self.experts)
         size = 8.0 if count <= 16 else 6.5 if count <= 40 else 5.5
         named = range(count) if count <= 72 else np.unique(self.pairs)
         for expert in named:
-            x, y = at[expert] * (1.2 if count <= 16 else 1.14)
+            gap = 0.13 if count <= 16 else 0.1
+            x, y = at[expert] * (1 + max(radius[expert] + gap, 0.2 if count <= 16 else 0.14))
             turn = np.degrees(angle[expert]) if count > 40 else 0.0
             turn = (turn + 90) % 180 - 90  # never upside down
             text = str(self.experts[expert])
@@ -172,7 +176,7 @@ def _points(ax: Axes) -> float:
     """About how many points one unit of a panel's axes takes."""
     fig, grid = ax.get_figure(), ax.get_gridspec()
     width, height = fig.get_size_inches()
-    return 72 * min((width - 1.0) / grid.ncols, (height - 0.9) / grid.nrows - 0.3) / 2.64
+    return 72 * min((width - 1.0) / grid.ncols, (height - 0.9) / grid.nrows - 0.3) / (2 * _REACH)
 
 
 def _legend() -> list[Line2D]:
