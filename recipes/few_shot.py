@@ -22,7 +22,7 @@ from graphmoe.models import MemoryTransformer, PrototypicalNetwork, load
 from graphmoe.models.memory_transformer import FewShotModel
 from graphmoe.train.loop import TrainState
 from recipes.few_shot_config import FewShotConfig, read_characters
-from recipes.few_shot_scores import chance, embed, episode_records, score, spread
+from recipes.few_shot_scores import chance, embed, episode_records, reading, score, spread
 from recipes.frame import Job, train
 from recipes.frame import main as run
 from recipes.reporting import say
@@ -91,10 +91,18 @@ class FewShotJob(Job):
             result["baseline_error"] = self.scored["standard_error"]
         else:
             result["baseline"] = dict(result["pixels"])
+        if isinstance(self.model, MemoryTransformer):
+            drawn = self.config.episodes_of(self.test, min(self.config.ways), max(self.config.shots))
+            result["memory"] = reading(self.model, embed(self.model, self.test), drawn)
         return result | {"held_out": {"characters": len(self.test), "seed": self.config.split_seed}}
 
     def report(self, result: dict) -> None:
         table(result, self.config.model)
+        if "memory" in result:
+            say(
+                "attention to slots of the right character {right:.3f} (uniform {right_uniform:.3f}), "
+                "entropy {entropy:.2f} bits (uniform {entropy_uniform:.2f})".format(**result["memory"])
+            )
         say(f"{result['seconds']:.0f} s in all, peak memory {result['peak_rss_mb']:,.0f} MB")
 
     @classmethod

@@ -1,5 +1,7 @@
 """Scores of few-shot models: drawings are embedded once, then told in many episodes."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -58,6 +60,34 @@ def spread(right: Tensor) -> tuple[float, float]:
 def chance(ways: int) -> float:
     """Accuracy of a guess."""
     return 1 / ways
+
+
+@torch.no_grad()
+def reading(model: MemoryTransformer, embeddings: Tensor, episodes: Episodes) -> dict[str, float]:
+    """How the memory is read and written in some episodes, each figure beside what blind reading gives.
+
+    Returns:
+        ``right``: attention to slots of the right label; ``entropy``: of the attention of a query, bits; both
+        means over queries, and both also as ``.._uniform``. ``gate``: how much of an example is written.
+        ``temperature``: what distances are multiplied with.
+    """
+    drawn = [episodes.draw(index) for index in range(EPISODES)]
+    support, query = gather(embeddings, drawn)
+    label = torch.arange(episodes.ways, device=support.device)
+    known = label.repeat_interleave(episodes.shots)  # [P]
+    with evaluating(model):
+        state = model.memory.write(support, known.expand(len(drawn), -1))
+        _, attention = model.recall(state, query)  # [B, Q, S]
+    attention = attention[..., : len(known)].double()
+    same = label.repeat_interleave(episodes.queries).unsqueeze(1) == known  # [Q, P]
+    return {
+        "right": (attention * same).sum(dim=-1).mean().item(),
+        "right_uniform": 1 / episodes.ways,
+        "entropy": -torch.xlogy(attention, attention).sum(dim=-1).mean().item() / math.log(2),
+        "entropy_uniform": math.log2(len(known)),
+        "gate": state.values[:, : len(known)].sum(dim=-1).mean().item(),
+        "temperature": model.memory.recall_conv.log_temperature.exp().item(),
+    }
 
 
 @torch.no_grad()

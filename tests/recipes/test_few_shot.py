@@ -10,7 +10,7 @@ from graphmoe import checkpoint, load
 from graphmoe.models import MemoryTransformer, PrototypicalNetwork
 from recipes import few_shot
 from recipes.few_shot_config import SCORED_SEED, FewShotConfig, read_characters
-from recipes.few_shot_scores import embed, score
+from recipes.few_shot_scores import embed, reading, score
 
 SMALL = [
     *("--max_steps=5", "--train_ways=6", "--encoder_dim=8", "--embed_dim=8", "--num_slots=30"),
@@ -34,6 +34,9 @@ def test_a_run_leaves_its_scores_beside_their_references(finished):
     assert result["chance"] == dict.fromkeys(KINDS, 0.2)
     assert result["metrics"]["accuracy_5w1s"] > 0.3 and result["pixels"]["accuracy_5w5s"] > 0.8
     assert result["baseline"]["name"] == "prototypical network" and result["dataset"] == "glyphs"
+    memory = result["memory"]
+    assert memory["right_uniform"] == 0.2 < memory["right"] < 1 and 0 < memory["gate"] < 1
+    assert 0 < memory["entropy"] < memory["entropy_uniform"] == pytest.approx(4.644, abs=1e-3)
     inner = json.loads((finished / "prototypes" / "result.json").read_text())
     assert inner["metrics"] == {kind: result["baseline"][kind] for kind in KINDS}
     assert inner["steps"] == result["steps"] == 5
@@ -65,6 +68,18 @@ def test_scored_again_it_says_the_same(finished, capsys):
     result = json.loads((finished / "result.json").read_text())
     for kind in KINDS:
         assert f"{100 * result['metrics'][kind]:.2f} ± {100 * result['standard_error'][kind]:.2f}" in out
+
+
+def test_attention_is_summed_up(finished):
+    config = FewShotConfig(ways=[5], shots=[2], dataset="glyphs")
+    test = read_characters(config)[1]
+    episodes, model = config.episodes_of(test, 5, 2), load(finished)
+    torch.nn.init.constant_(model.memory.recall_conv.log_temperature, -30.0)
+    torch.nn.init.zeros_(model.memory.gate.weight)
+    found = reading(model, embed(model, test), episodes)
+    assert found["right"] == pytest.approx(0.2) and found["entropy"] == pytest.approx(
+        found["entropy_uniform"]
+    )
 
 
 def test_scores_are_those_of_single_episodes(finished):
