@@ -6,6 +6,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
@@ -21,6 +22,8 @@ from graphmoe.models.memory_transformer_configuration import MemoryTransformerCo
 from graphmoe.models.moca import MocaForTokenPrediction, MocaModel
 from graphmoe.models.moca_configuration import MocaConfig
 from graphmoe.models.sequence_classification import GraphMoEForSequenceClassification
+from graphmoe.models.sparse_mlp import SparseMLP
+from graphmoe.models.sparse_mlp_configuration import SparseMLPConfig
 
 AutoConfig.register("graphmoe", GraphMoEConfig)
 AutoModel.register(GraphMoEConfig, GraphMoEModel)
@@ -34,6 +37,8 @@ AutoConfig.register("graphmoe_dnc", DNCConfig)
 AutoModel.register(DNCConfig, DNCForSequencePrediction)
 AutoConfig.register("graphmoe_lstm", LSTMConfig)
 AutoModel.register(LSTMConfig, LSTMForSequencePrediction)
+AutoConfig.register("graphmoe_sparse_mlp", SparseMLPConfig)
+AutoModelForImageClassification.register(SparseMLPConfig, SparseMLP)
 
 __all__ = [
     "DNCConfig",
@@ -50,6 +55,8 @@ __all__ = [
     "MocaForTokenPrediction",
     "MocaModel",
     "PrototypicalNetwork",
+    "SparseMLP",
+    "SparseMLPConfig",
     "load",
 ]
 
@@ -63,6 +70,7 @@ _CLASSES = {
         MemoryTransformer,
         MocaForTokenPrediction,
         PrototypicalNetwork,
+        SparseMLP,
     )
 }
 """What :func:`load` can build, by the name that stands in ``config.json``."""

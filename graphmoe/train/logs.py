@@ -62,23 +62,31 @@ class RecordLog(Callback):
 
     def on_step(self, state: TrainState, model: nn.Module, outputs: object) -> None:
         layers = moe_layers(model)
-        if not layers:
-            return
+        row = {"step": torch.tensor(state.step)}
         with torch.no_grad():
-            row = {"step": torch.tensor(state.step)} | _traffic(state, outputs.records)
-            if all(record.overflow is not None for record in outputs.records):
-                row["drop_rate_random"] = _random_drop_rates(layers, outputs.records)
-            row |= self._outputs(model, outputs)
-            row |= self._couplings(layers)
-            if layers[0].ghosts is not None:
-                row["saturation"] = torch.stack([layer.ghosts.saturation() for layer in layers])
-                row["ghost_level"] = torch.stack([layer.ghosts()[-layer.num_ghosts :] for layer in layers])
-                row["ghost_phase"] = torch.stack([layer.ghosts.phase for layer in layers])
+            if layers:
+                row |= self._mixture(state, model, outputs, layers)
             for figures in self.extras:
                 row |= figures(state, model)
+        if len(row) == 1:
+            return
         for key, value in row.items():
             dtype = torch.float32 if value.is_floating_point() else torch.int64
             self.series.setdefault(key, []).append(value.detach().to("cpu", dtype, copy=True))
+
+    def _mixture(
+        self, state: TrainState, model: nn.Module, outputs: object, layers: list[MoELayer]
+    ) -> dict[str, Tensor]:
+        row = _traffic(state, outputs.records)
+        if all(record.overflow is not None for record in outputs.records):
+            row["drop_rate_random"] = _random_drop_rates(layers, outputs.records)
+        row |= self._outputs(model, outputs)
+        row |= self._couplings(layers)
+        if layers[0].ghosts is not None:
+            row["saturation"] = torch.stack([layer.ghosts.saturation() for layer in layers])
+            row["ghost_level"] = torch.stack([layer.ghosts()[-layer.num_ghosts :] for layer in layers])
+            row["ghost_phase"] = torch.stack([layer.ghosts.phase for layer in layers])
+        return row
 
     def _outputs(self, model: nn.Module, outputs: object) -> dict[str, Tensor]:
         row = {}
