@@ -32,7 +32,8 @@ class BitTask:
     Attributes:
         input_size: Channels of an input.
         output_size: Bits of an answer.
-        chance: Share of bits that a coin gets right.
+        answers: What :meth:`wrong` counts.
+        chance: Share of answers that a guess gets right.
         shortest: Least difficulty.
 
     Raises:
@@ -40,6 +41,7 @@ class BitTask:
     """
 
     name: str
+    answers = "bits"
     chance = 0.5
     shortest = 1
 
@@ -86,9 +88,22 @@ class BitTask:
         found = self.draw(rng, size, int(rng.integers(self.shortest, max(longest, self.shortest) + 1)))
         return BitBatch(found.inputs[slots], found.labels[slots])
 
-    def of_length(self, seed: int, length: int, size: int) -> BitBatch:
-        """Fresh sequences of one difficulty, for scores."""
-        return self.draw(np.random.default_rng(np.random.SeedSequence([seed, 1 << 32, length])), size, length)
+    def of_length(self, seed: int, part: int, length: int, size: int) -> BitBatch:
+        """Sequences of one difficulty that no training batch holds but by chance, for scores.
+
+        Args:
+            seed: Of the run.
+            part: Number of the set: those of different numbers are independent.
+            length: Their difficulty.
+            size: How many.
+        """
+        entropy = np.random.SeedSequence([seed, 1 << 32, part, length])
+        return self.draw(np.random.default_rng(entropy), size, length)
+
+    def wrong(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Which of the answers asked for are wrong, one after another: here every bit is an answer."""
+        scored = labels != UNSCORED
+        return ((logits > 0) != (labels > 0.5))[scored]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(bits={self.bits}, longest={self.longest})"

@@ -21,13 +21,14 @@ class TraversalTask(BitTask):
         walk: Steps of a walk.
 
     Attributes:
-        chance: Share of steps that a uniform guess among all names gets right.
+        chance: Share of steps that a guess among all names gets right.
 
     Raises:
         ConfigError: More nodes than names, or nothing to follow.
     """
 
     name = "graph"
+    answers = "steps of walks"
     shortest = 2
 
     def __init__(self, num_names: int, num_labels: int, longest: int, walk: int):
@@ -69,6 +70,10 @@ class TraversalTask(BitTask):
             answers[:, step] = 0
             answers[row, step, name[row, node]] = 1
         return BitBatch(inputs, answers)
+
+    def wrong(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Which steps of walks are wrong: the answer is the name with the largest logit."""
+        return (logits.argmax(axis=-1) != labels.argmax(axis=-1))[labels[..., 0] != UNSCORED]
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, num_labels={self.num_labels}, walk={self.walk})"

@@ -64,8 +64,7 @@ class SequencePredictionModel(PreTrainedModel):
                 if name.startswith("bias"):
                     init.copy_(parameter, _remembering(parameter, module.hidden_size, name))
         elif isinstance(module, DNCCell):
-            bound = module.hidden_channels**-0.5
-            for lin in (module.lin_input, module.lin_state):
+            for lin, bound in module.bounds():
                 init.uniform_(lin.weight, -bound, bound)
             init.copy_(module.lin_input.bias, _remembering(module.lin_input.bias, module.hidden_channels))
 

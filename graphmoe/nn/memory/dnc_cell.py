@@ -72,12 +72,22 @@ class DNCCell(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weights; the controller starts to remember, with a forget gate of sigmoid(1)."""
-        for lin in (self.lin_input, self.lin_state):
-            nn.init.uniform_(lin.weight, -(self.hidden_channels**-0.5), self.hidden_channels**-0.5)
-        self.lin_interface.reset_parameters()
+        for lin, bound in self.bounds():
+            nn.init.uniform_(lin.weight, -bound, bound)
+        nn.init.zeros_(self.lin_interface.bias)
         nn.init.zeros_(self.lin_input.bias)
         with torch.no_grad():
             self.lin_input.bias[self.hidden_channels : 2 * self.hidden_channels] = 1
+
+    def bounds(self) -> tuple[tuple[nn.Linear, float], ...]:
+        """The maps, and how far from 0 their weights start at most.
+
+        The interface starts three times as far as a linear map would, so that steps differ in what they write:
+        between slots that all hold the same, reading could not learn to choose.
+        """
+        recurrent = self.hidden_channels**-0.5
+        inputs = self.in_channels**-0.5
+        return (self.lin_input, inputs), (self.lin_state, recurrent), (self.lin_interface, 3 * recurrent)
 
     @property
     def out_channels(self) -> int:
