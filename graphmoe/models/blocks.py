@@ -1,7 +1,7 @@
 """From a configuration to the parts of the language model."""
 
 from graphmoe.models.configuration import GraphMoEConfig
-from graphmoe.nn import AttendConv, Block, FeedForward, MoELayer, OrthogonalityStrength
+from graphmoe.nn import AttendConv, Block, FeedForward, MemoryLayer, MoELayer, OrthogonalityStrength
 
 
 def build_orthogonality(config: GraphMoEConfig) -> OrthogonalityStrength:
@@ -58,6 +58,12 @@ def build_block(config: GraphMoEConfig) -> Block:
             or config.orthogonality_adaptive,
         )
         feed_forward.track_attention = config.diversity_coef > 0
+    memory = None
+    if config.num_memory_slots:
+        memory = MemoryLayer(
+            config.hidden_size, config.num_memory_slots, config.num_memory_slots_per_tok,
+            config.num_memory_heads,
+        )  # fmt: skip
     return Block(
         attend,
         feed_forward,
@@ -65,6 +71,7 @@ def build_block(config: GraphMoEConfig) -> Block:
         norm_eps=config.rms_norm_eps,
         dropout=config.dropout,
         post_norm=config.post_norm,
+        memory=memory,
     )
 
 

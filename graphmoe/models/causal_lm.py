@@ -12,6 +12,7 @@ from graphmoe.models.aux_losses import AuxLosses
 from graphmoe.models.blocks import build_block
 from graphmoe.models.configuration import GraphMoEConfig
 from graphmoe.models.head import next_token_loss
+from graphmoe.models.memory_cache import remember
 from graphmoe.models.outputs import GraphMoECausalLMOutput, GraphMoEModelOutput
 from graphmoe.models.pretrained import GraphMoEPreTrainedModel
 from graphmoe.nn import RMSNorm, rotary
@@ -53,6 +54,8 @@ class GraphMoEModel(GraphMoEPreTrainedModel):
         use_cache = use_cache and self.config.is_causal
         if use_cache and cache is None and not self.training:
             cache = DynamicCache(config=self.config)
+        if cache is not None and self.config.num_memory_slots:
+            remember(cache)
         past = cache.get_seq_length() if cache is not None else 0
         if past + x.size(1) > self.config.max_position_embeddings:
             what, most = "sequence is longer than the model takes", self.config.max_position_embeddings

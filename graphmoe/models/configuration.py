@@ -44,6 +44,10 @@ class GraphMoEConfig(PreTrainedConfig):
             What is dropped depends on later tokens, too, so a model that is trained so is causal in eval
             only.
         reasoning_steps: Passes of every expert over its own intermediate result; 0: plain experts.
+        num_memory_slots: Slots that each block has for each sequence, written and read token by token; 0: no
+            memory.
+        num_memory_slots_per_tok: Slots a token reads and writes, ``1 <= k <= num_memory_slots``.
+        num_memory_heads: Attention heads of reading; divides ``hidden_size``.
         coupling: How the experts of a token talk: ``none``, ``gnn``, ``hyper`` or ``collab``.
         coupling_layers: Rounds of coupling; ``None``: 1 for ``hyper``, else 2; 0 of ``collab`` is none.
         collab_heads: Attention heads of ``collab`` and of the ``contextual`` router; divides ``hidden_size``.
@@ -126,6 +130,9 @@ class GraphMoEConfig(PreTrainedConfig):
     router_noise_std: float | int = 0.0
     capacity_factor: float | int | None = None
     reasoning_steps: int = 0
+    num_memory_slots: int = 0
+    num_memory_slots_per_tok: int = 2
+    num_memory_heads: int = 4
     coupling: str = "none"
     coupling_layers: int | None = None
     coupling_norm: bool = False
@@ -174,6 +181,11 @@ class GraphMoEConfig(PreTrainedConfig):
                 "heads must divide hidden_size into even parts", "num_attention_heads",
                 f"a divisor of {self.hidden_size // 2}", self.num_attention_heads,
             )  # fmt: skip
+        if self.num_memory_slots < 0:
+            raise ConfigError("negative number of slots", "num_memory_slots", ">= 0", self.num_memory_slots)
+        if self.num_memory_slots and not self.is_causal:
+            what = "a memory is written from the first token to the last"
+            raise ConfigError(what, "num_memory_slots", "0 without is_causal", self.num_memory_slots)
         if self.fusion == "mean" and not (self.router_aux_loss_coef or self.router_z_loss_coef):
             what = "equal weights leave the router nothing to learn from"
             raise ConfigError(what, "fusion", "sum, or a router_aux_loss_coef or router_z_loss_coef", "mean")

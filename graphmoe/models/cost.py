@@ -10,6 +10,7 @@ from graphmoe.nn import (
     ContextualRouter,
     ExpertChoiceRouter,
     IterativeExpert,
+    MemoryLayer,
     MoELayer,
     moe_layers,
 )
@@ -35,7 +36,7 @@ def forward_flops(model: nn.Module, length: int) -> int:
 
     A multiplication and an addition count as two. Counted are matrix products: linear maps, experts,
     routers, attention over the tokens before (half the sequence on average; all of it where attention is not
-    causal) and the mixing of rows;
+    causal), the mixing of rows and reading from slots;
     normalisation, activations and hyperedge attention are left out.
     """
     total = 0
@@ -45,6 +46,11 @@ def forward_flops(model: nn.Module, length: int) -> int:
         elif isinstance(module, AttendConv):
             heard = (length + 1) / 2 if module.causal else length
             total += round(4 * heard * module.lin_out.in_features)
+        elif isinstance(module, MemoryLayer):
+            # Maps of slots were counted for one of them by the first branch.
+            slots = sum(2 * lin.weight.numel() for lin in (module.read.lin_key, module.read.lin_value))
+            total += 2 * module.router.weight.numel() + (module.k - 1) * slots
+            total += 4 * module.k * module.channels
         elif isinstance(module, MoELayer):
             total += 2 * module.router.weight.numel() + _expert_flops(module)
             if isinstance(module.router, ContextualRouter):

@@ -16,6 +16,8 @@ from graphmoe.nn import (
     FeedForward,
     GatedFusion,
     HyperCoupleConv,
+    MemoryBank,
+    MemoryLayer,
     MoELayer,
     OrthogonalityStrength,
 )
@@ -60,6 +62,8 @@ class GraphMoEPreTrainedModel(PreTrainedModel):
             for attention in (module.gather_attention, module.spread_attention):
                 if attention is not None:
                     init.normal_(attention, std=std)
+        elif isinstance(module, MemoryBank):
+            init.normal_(module.slots, std=0.02)
         elif isinstance(module, CollabConv) and module.mediator is not None:
             init.normal_(module.mediator, std=0.02)
         elif isinstance(module, MoELayer) and module.coupling_scale is not None:
@@ -74,6 +78,9 @@ class GraphMoEPreTrainedModel(PreTrainedModel):
         # Modules are initialised children first, so their parents can scale output projections.
         if isinstance(module, AttendConv):
             init.normal_(module.lin_out.weight, std=std * self._branch_scale)
+        elif isinstance(module, MemoryLayer):
+            init.normal_(module.lin_out.weight, std=std * self._branch_scale)
+            init.ones_(module.lin_gate.bias)  # tokens write from the first step on
         elif isinstance(module, FeedForward):
             init.normal_(module.down_proj.weight, std=std * self._branch_scale)
         elif isinstance(module, GatedFusion):

@@ -5,6 +5,7 @@ from torch.utils.checkpoint import checkpoint
 from graphmoe.errors import ConfigError
 from graphmoe.nn.attend import AttendConv
 from graphmoe.nn.expert import FeedForward
+from graphmoe.nn.memory_layer import MemoryLayer
 from graphmoe.nn.moe import MoELayer
 from graphmoe.nn.norm import RMSNorm
 from graphmoe.typing import Record
@@ -17,6 +18,10 @@ class Block(nn.Module):
     "sandwich" of `CogView <https://arxiv.org/abs/2105.13290>`_): a mixture, whose outputs start ``k`` times
     smaller than those of a dense layer, then has a say from the first step on.
 
+    With ``memory`` there is a branch between the two, ``x + memory(norm(x))``: every token reads what earlier
+    ones of its sequence have written into slots, then writes itself. With a cache the contents of the slots
+    go on from call to call.
+
     Where the experts choose their tokens, they do so in each sequence as if it were alone, so that no
     sequence depends on what else is in its batch.
 
@@ -24,6 +29,7 @@ class Block(nn.Module):
         attend: Attention along ``token -> token`` edges.
         feed_forward: What every token passes through: :class:`MoELayer`, or :class:`FeedForward`
             for a dense block.
+        memory: Slots of each sequence, or ``None``.
         channels: Channels ``D``.
         norm_eps: Added to the mean square in RMSNorm.
         dropout: On both residual branches, in training.
@@ -31,7 +37,8 @@ class Block(nn.Module):
 
     Shapes:
         - **input:** ``x [B, T, D]``; ``position``, ``mask``, ``cache``, ``layer`` as in
-          :class:`AttendConv`; ``present [B, T]`` bool, False for padding, which is not routed; ``rounds`` and
+          :class:`AttendConv`, with ``memory`` a cache has ``layers[layer].memory``, too; ``present [B, T]``
+          bool, False for padding, which is not routed; ``rounds`` and
           ``steps`` as in :class:`MoELayer`; ``recompute``: keep nothing of the second branch for the backward
           pass, but compute it again.
         - **output:** ``(x [B, T, D], Record or None)``.
@@ -49,6 +56,7 @@ class Block(nn.Module):
         norm_eps: float = 1e-6,
         dropout: float = 0.0,
         post_norm: float | None = None,
+        memory: MemoryLayer | None = None,
     ):
         super().__init__()
         by_token = not isinstance(feed_forward, MoELayer) or feed_forward.router.causal
@@ -59,6 +67,8 @@ class Block(nn.Module):
         self.looks_around = not by_token
         self.attend, self.feed_forward = attend, feed_forward
         self.attend_norm = RMSNorm(channels, eps=norm_eps)
+        self.memory = memory
+        self.memory_norm = None if memory is None else RMSNorm(channels, eps=norm_eps)
         self.feed_forward_norm = RMSNorm(channels, eps=norm_eps)
         self.post_norm = post_norm
         self.feed_forward_post_norm = None
@@ -82,11 +92,21 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Record | None]:
         heard = self.attend(self.attend_norm(x), position=position, mask=mask, cache=cache, layer=layer)
         x = x + self.dropout(heard)
+        if self.memory is not None:
+            x = x + self.dropout(self._remember(x, present, cache, layer))
         if recompute:
             added, record = checkpoint(self._feed_forward, x, present, rounds, steps, use_reentrant=False)
         else:
             added, record = self._feed_forward(x, present, rounds, steps)
         return x + self.dropout(added), record
+
+    def _remember(self, x: Tensor, present: Tensor | None, cache: object | None, layer: int) -> Tensor:
+        """What the tokens read of the memory, before dropout; what they wrote is left in the cache."""
+        state = None if cache is None else cache.layers[layer].memory
+        read, state, _ = self.memory(self.memory_norm(x), present, state)
+        if cache is not None:
+            cache.layers[layer].memory = state
+        return read
 
     def _feed_forward(
         self, x: Tensor, present: Tensor | None, rounds: int | None, steps: int | None

@@ -38,6 +38,10 @@ OPTIONS += [
     ("gnn", "all_pairs", 2, 2, {"scoring_func": "sigmoid", "router_bias": True, "num_shared_experts": 2}),
     ("collab", "all_pairs", 2, 0, {"router": "threshold", "fusion": "gated", "collab_heads": 4}),
 ]
+OPTIONS += [
+    ("none", "all_pairs", 2, 0, {"num_memory_slots": 6, "num_memory_slots_per_tok": 2}),
+    ("gnn", "all_pairs", 3, 2, {"num_memory_slots": 3, "num_memory_slots_per_tok": 3, "post_norm": 0.2}),
+]
 # Mixture of Collaboration: coupling, (unused) strategy, k, ghosts, options. Capacity drops in training only.
 COLLAB = {"fusion": "gated", "collab_heads": 4}
 OPTIONS += [
