@@ -64,7 +64,8 @@ class SparseMLP(PreTrainedModel):
             x = self.dropout(self.act(_feature_major(layer, x)))
             hidden.append(x)
         logits = _feature_major(self.layers[-1], x).t()
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = None if labels is None else F.cross_entropy(precise, labels)
         states = tuple(h.t() for h in hidden) if output_hidden_states else None
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states)
 

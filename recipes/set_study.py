@@ -1,0 +1,96 @@
+"""Do edges that evolve make a better classifier? Against edges that stay, and against all weights.
+
+``python -m recipes.set_study``, or
+``python -m recipes.set_study --dataset mnist --data_dir DIR --epochs 20 --num_threads 1``
+
+The same network over seeds: ``set`` (random growth), ``rigl`` (growth by gradients), ``static`` (the first
+edges stay) at equal numbers of edges, and ``dense`` with all weights. With several ``--learning_rates`` each
+arm chooses its own on the validation part. The table is about test images, and has logistic regression on
+pixels and a uniform guess beside it. Stop it when you like: ``--resume`` goes on, ``--evaluate`` shows what
+is finished.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+from transformers.utils import logging as transformers_logging
+
+from graphmoe.train.config import RUN_ONLY, exit_code, flag, parse
+from recipes import comparison
+from recipes.frame import train
+from recipes.set_config import Images, SetConfig, build_model, read_images
+from recipes.set_mnist import REFERENCES, SetJob
+
+HEADLINE, REFERENCE = "set", "static"
+"""The arm that the recipe is about, and the one that the others are compared with."""
+ARMS = (REFERENCE, HEADLINE, "rigl", "dense")
+
+
+def _cost(config: SetConfig, images: Images, equal: str) -> int:
+    # A multiplication and an addition for each edge.
+    edges = build_model(config, images).num_edges()
+    return edges if equal == "parameters" else 2 * edges
+
+
+TASK = comparison.Task(
+    read=read_images,
+    divide=lambda images, tuning: images,  # they have a validation part of their own
+    train=lambda config, recipe, images: train(SetJob, config, recipe, images=images, pictures=False),
+    cost=_cost,
+    metric="test_accuracy",
+    references=REFERENCES,
+)
+"""Tell the class of an image."""
+
+
+@dataclass(kw_only=True)
+class SetStudyConfig(SetConfig):
+    """What all arms share."""
+
+    num_seeds: int = flag(3, "seeds of each arm, from --seed on")
+    arms: list[str] = field(
+        default_factory=lambda: [HEADLINE, REFERENCE, "dense"],
+        metadata={"help": f"some of {', '.join(ARMS)}"},
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [2e-3],
+        metadata={"help": "learning rates that each arm chooses from on the first seed"},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require("num_seeds", self.num_seeds >= 1, "a number >= 1")
+        self.require("topology", self.topology == "set", "nothing: each arm has its own")
+        fits = set(self.arms) <= set(ARMS) and len(set(self.arms)) == len(self.arms) > 0
+        self.require("arms", fits, f"different ones of {', '.join(ARMS)}")
+        rates = set(self.learning_rates)
+        distinct = len(rates) == len(self.learning_rates) > 0
+        self.require("learning_rates", distinct and min(rates) > 0, "one or more different numbers > 0")
+
+
+def arms_of(config: SetStudyConfig) -> dict[str, SetConfig]:
+    """The config of each chosen arm."""
+    names = {f.name for f in fields(SetConfig)} - set(RUN_ONLY)
+    shared = SetConfig(**{name: getattr(config, name) for name in names})
+    return {name: replace(shared, topology=name) for name in config.arms}
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Parse the command line, train what is missing and report."""
+    about = __doc__.splitlines()[0]
+    config = parse(SetStudyConfig, argv, prog="python -m recipes.set_study", description=about)
+    comparison.study(
+        config, "set_study", REFERENCE, lambda images: arms_of(config),
+        trained_as="set_mnist", task=TASK, headline=HEADLINE,
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipe; returns the exit code."""
+    transformers_logging.disable_progress_bar()
+    return exit_code(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
