@@ -16,6 +16,7 @@ from analysis.connections import (
     expert_connections_over_time,
 )
 from analysis.curves import has_curves, training_curves
+from analysis.dnc import dnc_links, dnc_memory, has_dnc
 from analysis.few_shot import few_shot_accuracy, has_episode, has_few_shot, memory_episode
 from analysis.ghost import ghost_timeline
 from analysis.hyperedges import hyperedge_weights
@@ -60,6 +61,8 @@ PLOTS: dict[Plot, Callable[[RunRecord], bool]] = {
     memory_map: has_memory,
     slot_load: has_slot_load,
     copy_accuracy: has_copies,
+    dnc_memory: has_dnc,
+    dnc_links: has_dnc,
     memory_episode: has_episode,
     few_shot_accuracy: has_few_shot,
     orthogonality: lambda record: has(record, "orthogonality_strength") or has(record, "overlap"),

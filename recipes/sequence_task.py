@@ -163,7 +163,8 @@ def table(result: dict, answers: str) -> None:
         count = row.get("bit_errors", row.get("errors"))
         say(
             f"{name}: {100 * row['accuracy']:.3f} % of {answers} right; wrong {count} and "
-            f"{row['second_set']} of {result['asked']:,} each on two sets; hardest {100 * row['hardest_accuracy']:.3f} %; "
+            f"{row['second_set']} of {result['asked']:,} each on two sets; "
+            f"hardest {100 * row['hardest_accuracy']:.3f} %; "
             f"sequences without an error {100 * row['exact']:.1f} %"
         )
     say(f"chance: {100 * result['chance']['accuracy']:.1f} % of {answers}")

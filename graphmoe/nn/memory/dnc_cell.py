@@ -82,8 +82,8 @@ class DNCCell(nn.Module):
     def bounds(self) -> tuple[tuple[nn.Linear, float], ...]:
         """The maps, and how far from 0 their weights start at most.
 
-        The interface starts three times as far as a linear map would, so that steps differ in what they write:
-        between slots that all hold the same, reading could not learn to choose.
+        The interface starts three times as far as a linear map would, so that steps differ in what they
+        write: between slots that all hold the same, reading could not learn to choose.
         """
         recurrent = self.hidden_channels**-0.5
         inputs = self.in_channels**-0.5

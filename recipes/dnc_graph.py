@@ -1,0 +1,38 @@
+"""Follow walks through graphs heard as triples, with a differentiable neural computer.
+
+``python -m recipes.dnc_graph``
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphmoe.data.graph_tasks import TraversalTask
+from graphmoe.train.config import flag
+from recipes.dnc_config import SequenceConfig, with_default
+from recipes.frame import main as run
+from recipes.sequence_task import SequenceJob
+
+
+@dataclass(kw_only=True)
+class GraphConfig(SequenceConfig):
+    """Flags of the traversal task."""
+
+    length: int = with_default("length", 5)
+    curriculum_start: int = with_default("curriculum_start", 2)
+    slots: int = with_default("slots", 16)
+    names: int = flag(8, "names that nodes can have")
+    labels: int = flag(2, "labels of edges; every node has one edge of each")
+    walk: int = flag(3, "steps of a walk")
+
+    def task(self) -> TraversalTask:
+        return TraversalTask(self.names, self.labels, self.length, self.walk)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    text = __doc__.splitlines()[0]
+    return run(GraphConfig, argv, recipe="dnc_graph", description=text, job=SequenceJob)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

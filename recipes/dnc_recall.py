@@ -1,0 +1,36 @@
+"""Recall which item followed another in a list, with a differentiable neural computer.
+
+``python -m recipes.dnc_recall``
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphmoe.data.algorithmic import RecallTask
+from graphmoe.train.config import flag
+from recipes.dnc_config import SequenceConfig, with_default
+from recipes.frame import main as run
+from recipes.sequence_task import SequenceJob
+
+
+@dataclass(kw_only=True)
+class RecallConfig(SequenceConfig):
+    """Flags of the recall task."""
+
+    length: int = with_default("length", 6)
+    curriculum_start: int = with_default("curriculum_start", 2)
+    bits: int = flag(6, "bits of a vector")
+    item_length: int = flag(3, "vectors of an item")
+
+    def task(self) -> RecallTask:
+        return RecallTask(self.bits, self.length, self.item_length)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    text = __doc__.splitlines()[0]
+    return run(RecallConfig, argv, recipe="dnc_recall", description=text, job=SequenceJob)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
