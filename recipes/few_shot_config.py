@@ -21,7 +21,7 @@ SCORED_SEED = 1 << 32
 class FewShotConfig(RunConfig):
     """Flags of few-shot classification."""
 
-    max_steps: int = flag(1000, "optimiser steps to train each of the two models for")
+    max_steps: int = flag(1600, "optimiser steps to train each of the two models for")
     batch_size: int = flag(1, "episodes in a batch")
     learning_rate: float = flag(2e-3, "peak learning rate")
     weight_decay: float = flag(1e-4, "decoupled weight decay, a step and unit of learning rate")
@@ -59,8 +59,8 @@ class FewShotConfig(RunConfig):
     queries: int = flag(5, "other drawings of each character to tell")
     episodes: int = flag(8000, "episodes of 5 characters to score in the end; of more characters fewer")
     eval_episodes: int = flag(400, "as many while training")
-    eval_every: int = flag(250, "optimiser steps between evaluations")
-    save_every: int = flag(250, "optimiser steps between checkpoints", aliases=["--save_interval"])
+    eval_every: int = flag(400, "optimiser steps between evaluations")
+    save_every: int = flag(400, "optimiser steps between checkpoints", aliases=["--save_interval"])
 
     def __post_init__(self):
         super().__post_init__()

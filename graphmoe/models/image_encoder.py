@@ -39,7 +39,7 @@ class ConvEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = images.contiguous(memory_format=torch.channels_last)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = nn.functional.max_pool2d(norm(conv(x)).relu(), 2)
+            x = nn.functional.max_pool2d(norm(conv(x)), 2).relu()  # pooled first, that is a quarter of them
         return self.lin(x.flatten(1))
 
 
