@@ -21,6 +21,8 @@ from graphmoe.models.memory_transformer import MemoryTransformer, PrototypicalNe
 from graphmoe.models.memory_transformer_configuration import MemoryTransformerConfig
 from graphmoe.models.moca import MocaForTokenPrediction, MocaModel
 from graphmoe.models.moca_configuration import MocaConfig
+from graphmoe.models.moca_text import MocaForSequenceClassification
+from graphmoe.models.moca_text_configuration import MocaTextConfig
 from graphmoe.models.sequence_classification import GraphMoEForSequenceClassification
 from graphmoe.models.sparse_mlp import SparseMLP
 from graphmoe.models.sparse_mlp_configuration import SparseMLPConfig
@@ -33,6 +35,8 @@ AutoConfig.register("graphmoe_memory_transformer", MemoryTransformerConfig)
 AutoModel.register(MemoryTransformerConfig, MemoryTransformer)
 AutoConfig.register("graphmoe_moca", MocaConfig)
 AutoModel.register(MocaConfig, MocaModel)
+AutoConfig.register("graphmoe_moca_text", MocaTextConfig)
+AutoModelForSequenceClassification.register(MocaTextConfig, MocaForSequenceClassification)
 AutoConfig.register("graphmoe_dnc", DNCConfig)
 AutoModel.register(DNCConfig, DNCForSequencePrediction)
 AutoConfig.register("graphmoe_lstm", LSTMConfig)
@@ -52,8 +56,10 @@ __all__ = [
     "MemoryTransformer",
     "MemoryTransformerConfig",
     "MocaConfig",
+    "MocaForSequenceClassification",
     "MocaForTokenPrediction",
     "MocaModel",
+    "MocaTextConfig",
     "PrototypicalNetwork",
     "SparseMLP",
     "SparseMLPConfig",
@@ -68,6 +74,7 @@ _CLASSES = {
         GraphMoEForSequenceClassification,
         LSTMForSequencePrediction,
         MemoryTransformer,
+        MocaForSequenceClassification,
         MocaForTokenPrediction,
         PrototypicalNetwork,
         SparseMLP,
