@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from graphmoe.train.config import RUN_ONLY, exit_code, flag, parse
 from recipes import comparison
 from recipes.language_model_config import LanguageModelConfig, with_default
+from recipes.study_flags import StudyFlags, some_of
 
 REFERENCE = "aux"
 """The arm that the others are compared with."""
@@ -34,7 +35,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(kw_only=True)
-class BalanceConfig(LanguageModelConfig):
+class BalanceConfig(StudyFlags, LanguageModelConfig):
     """What all arms share; ``aux`` has the coefficient of the balancing loss, ``bias`` the rate."""
 
     max_steps: int = flag(250, "optimiser steps to train each model for")
@@ -49,27 +50,15 @@ class BalanceConfig(LanguageModelConfig):
     final_windows: int | None = flag(1024, "held-out sequences scored at the end")
     keep_checkpoints: int = flag(1, "newest checkpoints to keep of each run")
     sample_tokens: int = flag(0, "most tokens of a sample of each model; 0 for none")
-    num_seeds: int = flag(3, "seeds of each arm, from --seed on")
-    arms: list[str] = field(
-        default_factory=lambda: list(ARMS), metadata={"help": f"some of {', '.join(ARMS)}"}
-    )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [4e-3],
-        metadata={"help": "learning rates that each arm chooses from on the first seed"},
-    )
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata=some_of(ARMS))
 
     def __post_init__(self):
         super().__post_init__()
-        self.require("num_seeds", self.num_seeds >= 1, "a number >= 1")
         own = self.router == "topk" and not self.router_bias
         self.require("router", own, "nothing: each arm has its own")
         coefficient = self.router_aux_loss_coef
         self.require("router_aux_loss_coef", coefficient > 0, "a number > 0, that of the arm aux")
-        fits = set(self.arms) <= set(ARMS) and len(set(self.arms)) == len(self.arms) > 0
-        self.require("arms", fits, f"different ones of {', '.join(ARMS)}")
-        rates = set(self.learning_rates)
-        distinct = len(rates) == len(self.learning_rates) > 0
-        self.require("learning_rates", distinct and min(rates) > 0, "one or more different numbers > 0")
+        self.require_some_of("arms", ARMS)
 
 
 def arms_of(config: BalanceConfig) -> dict[str, LanguageModelConfig]:

@@ -22,6 +22,7 @@ from recipes import comparison
 from recipes.coupled_lm import CoupledConfig
 from recipes.language_model_config import LanguageModelConfig
 from recipes.phases import MODES
+from recipes.study_flags import RATES, StudyFlags, some_of
 
 REFERENCE = "moe"
 """The phase that sets the active parameters, and that the others are compared with."""
@@ -34,7 +35,7 @@ BY_MODE = {
 
 
 @dataclass(kw_only=True)
-class CompareConfig(LanguageModelConfig):
+class CompareConfig(StudyFlags, LanguageModelConfig):
     """What all phases share."""
 
     max_steps: int = flag(360, "optimiser steps to train each model for")
@@ -44,23 +45,12 @@ class CompareConfig(LanguageModelConfig):
     equal: Literal["parameters", "flops"] = flag(
         "parameters", "what all phases have as much of, a token: active parameters, or arithmetic"
     )
-    num_seeds: int = flag(3, "seeds of each phase, from --seed on")
-    phases: list[str] = field(
-        default_factory=lambda: list(MODES), metadata={"help": f"some of {', '.join(MODES)}"}
-    )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [2e-3, 4e-3, 8e-3], metadata={"help": "learning rates to choose from"}
-    )
+    phases: list[str] = field(default_factory=lambda: list(MODES), metadata=some_of(MODES))
+    learning_rates: list[float] = field(default_factory=lambda: [2e-3, 4e-3, 8e-3], metadata=RATES)
 
     def __post_init__(self):
         super().__post_init__()
-        self.require("num_seeds", self.num_seeds >= 1, "a number >= 1")
-        known = set(self.phases) <= set(MODES) and len(set(self.phases)) == len(self.phases)
-        expected = f"{REFERENCE} and others of {', '.join(MODES)}"
-        self.require("phases", known and REFERENCE in self.phases, expected)
-        rates = set(self.learning_rates)
-        distinct = len(rates) == len(self.learning_rates) > 0
-        self.require("learning_rates", distinct and min(rates) > 0, "one or more different numbers > 0")
+        self.require_some_of("phases", MODES, with_=REFERENCE)
         for name in sorted(BY_MODE - {"expert_dim", "num_experts", "top_k", "num_ghosts"}):
             default = getattr(LanguageModelConfig, name)
             self.require(name, getattr(self, name) == default, "nothing: each phase has its own")

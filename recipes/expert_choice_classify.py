@@ -22,10 +22,11 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from graphmoe.train.config import RUN_ONLY, exit_code, flag, parse
+from graphmoe.train.config import RUN_ONLY, exit_code, parse
 from recipes import comparison
 from recipes.classification import TASK
 from recipes.classification_config import ClassifierConfig, EncodedText
+from recipes.study_flags import RATES, StudyFlags, some_of
 
 HEADLINE, REFERENCE, MATCHED = "expert_choice", "dense", "token_choice"
 """The arm that the recipe is about, the one that the others are compared with, and the one whose cost all
@@ -38,29 +39,18 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(kw_only=True)
-class ExpertChoiceClassifyConfig(ClassifierConfig):
+class ExpertChoiceClassifyConfig(StudyFlags, ClassifierConfig):
     """What all arms share; --top_k is what experts take in the mean, too."""
 
-    num_seeds: int = flag(3, "seeds of each arm, from --seed on")
-    arms: list[str] = field(
-        default_factory=lambda: list(ARMS), metadata={"help": f"some of {', '.join(ARMS)}"}
-    )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [2.5e-4, 5e-4, 1e-3],
-        metadata={"help": "learning rates that each arm chooses from on the first seed"},
-    )
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata=some_of(ARMS))
+    learning_rates: list[float] = field(default_factory=lambda: [2.5e-4, 5e-4, 1e-3], metadata=RATES)
 
     def __post_init__(self):
         super().__post_init__()
-        self.require("num_seeds", self.num_seeds >= 1, "a number >= 1")
         self.require("router", self.router == "topk", "nothing: each arm has its own")
         self.require("num_experts", self.num_experts > 1, "at least 2: the dense arm has one by itself")
         self.require("is_causal", not self.is_causal, "false: experts that choose see the whole text")
-        fits = set(self.arms) <= set(ARMS) and len(set(self.arms)) == len(self.arms) > 0
-        self.require("arms", fits, f"different ones of {', '.join(ARMS)}")
-        rates = set(self.learning_rates)
-        distinct = len(rates) == len(self.learning_rates) > 0
-        self.require("learning_rates", distinct and min(rates) > 0, "one or more different numbers > 0")
+        self.require_some_of("arms", ARMS)
 
 
 def matched_arms(config: ExpertChoiceClassifyConfig, texts: EncodedText) -> dict[str, ClassifierConfig]:

@@ -28,6 +28,7 @@ from graphmoe.data import Corpus
 from graphmoe.train.config import RUN_ONLY, exit_code, flag, parse
 from recipes import comparison
 from recipes.moc_lm import MocConfig
+from recipes.study_flags import StudyFlags
 
 DEFAULT, REFERENCE, SAME_FLOPS = "moc", "moe", "moe_flops"
 """The arm that sets the active parameters, the one that the others are compared with, and that arm again
@@ -47,7 +48,7 @@ BASELINES = {
 
 
 @dataclass(kw_only=True)
-class AblateConfig(MocConfig):
+class AblateConfig(StudyFlags, MocConfig):
     """What all arms share, and the setting that they vary."""
 
     max_steps: int = flag(180, "optimiser steps to train each model for")
@@ -57,25 +58,14 @@ class AblateConfig(MocConfig):
     final_windows: int | None = flag(256, "held-out sequences scored at the end")
     keep_checkpoints: int = flag(1, "newest checkpoints to keep of each run")
     sample_tokens: int = flag(0, "most tokens of a sample of each model; 0 for none")
-    num_seeds: int = flag(3, "seeds of each arm, from --seed on")
     arms: list[str] | None = field(default=None, metadata={"help": "some of the arms; all without it"})
     grid: bool = flag(False, "all combinations of R, the mediator, S and k, and the baselines")
-    learning_rates: list[float] = field(
-        default_factory=lambda: [4e-3],
-        metadata={"help": "learning rates that each arm chooses from on the first seed"},
-    )
 
     def __post_init__(self):
         super().__post_init__()
-        self.require("num_seeds", self.num_seeds >= 1, "a number >= 1")
         self.require("coupling", self.coupling == "collab" and self.coupling_layers != 0, "collab")
-        rates = set(self.learning_rates)
-        distinct = len(rates) == len(self.learning_rates) > 0
-        self.require("learning_rates", distinct and min(rates) > 0, "one or more different numbers > 0")
         if self.arms is not None:
-            known = [DEFAULT, *changes_of(self)]
-            fits = set(self.arms) <= set(known) and len(set(self.arms)) == len(self.arms) > 0
-            self.require("arms", fits, f"different ones of {', '.join(known)}")
+            self.require_some_of("arms", [DEFAULT, *changes_of(self)])
 
 
 def changes_of(config: AblateConfig) -> dict[str, Mapping[str, Any]]:

@@ -11,6 +11,7 @@ from graphmoe.nn.expert import (
     OrthogonalityStrength,
 )
 from graphmoe.nn.fuse import GatedFusion, ProjectedFusion, SumFusion
+from graphmoe.nn.lazy import lazy_channels
 from graphmoe.nn.memory import (
     ContentConv,
     DNCCell,
@@ -75,6 +76,7 @@ __all__ = [
     "WeightedSumConv",
     "WriteConv",
     "edge_form",
+    "lazy_channels",
     "limit_capacity",
     "moe_layers",
     "rotary",

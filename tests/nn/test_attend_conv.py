@@ -133,3 +133,10 @@ def test_without_causal_a_mask_leaves_the_present_tokens(double):
 def test_without_causal_there_is_no_cache():
     with pytest.raises(ConfigError, match=r"cache: tokens that look ahead.*got 'Cache'"):
         AttendConv(8, 2, causal=False)(torch.randn(1, 3, 8), cache=Cache())
+
+
+def test_values_of_a_sparse_matrix_are_ignored():
+    conv, x = AttendConv(8, 2), torch.randn(4, 8)
+    edges = torch.tensor([[0, 1, 2, 3, 0], [1, 2, 3, 0, 2]])
+    adj_t = torch.sparse_coo_tensor(edges.flip(0), torch.rand(5) + 0.1, (4, 4)).coalesce()
+    torch.testing.assert_close(conv(x, adj_t), conv(x, edges))

@@ -371,3 +371,10 @@ def test_repr():
     assert repr(HyperCoupleConv(5, 4)) == "HyperCoupleConv(5, num_experts=4, strategy='all_pairs')"
     conv = HyperCoupleConv(5, 4, hyperedges=[[0, 1]], strategy="custom", attention=True)
     assert repr(conv) == "HyperCoupleConv(5, num_experts=4, strategy='custom', attention=True)"
+
+
+def test_values_of_a_sparse_matrix_are_ignored():
+    conv, x = HyperCoupleConv(8), torch.randn(4, 8)
+    members = torch.tensor([[0, 1, 2, 3, 1], [0, 0, 1, 1, 1]])
+    matrix = torch.sparse_coo_tensor(members.flip(0), torch.rand(5) + 0.1, (2, 4)).coalesce()
+    torch.testing.assert_close(conv(x, matrix), conv(x, members))

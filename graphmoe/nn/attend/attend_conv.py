@@ -39,11 +39,11 @@ class AttendConv(MessagePassing):
         **kwargs: Arguments of :class:`torch_geometric.nn.MessagePassing`.
 
     Shapes:
-        - **input:** ``x [N, D]`` with ``edge_index``, a tensor ``[2, M]`` or ``adj_t``, or a pair of such
-          ``x`` of sources and targets, without positions; or ``x [B, T, D]``; ``position``: pair
-          ``(cos, sin)`` of :func:`rotary`, each ``[N, d / 2]`` or ``[B, T, d / 2]``, or ``None`` for no
-          positions; ``mask [B, 1, T, S]`` bool, True where a query may look; ``cache``: any object with
-          ``update(key, value, layer) -> (key, value)`` over ``[B, kv_heads, S, d]``.
+        - **input:** ``x [N, D]`` with ``edge_index``, a tensor ``[2, M]`` or ``adj_t``, whose values are
+          ignored, or a pair of such ``x`` of sources and targets, without positions; or ``x [B, T, D]``;
+          ``position``: pair ``(cos, sin)`` of :func:`rotary`, each ``[N, d / 2]`` or ``[B, T, d / 2]``, or
+          ``None`` for no positions; ``mask [B, 1, T, S]`` bool, True where a query may look; ``cache``: any
+          object with ``update(key, value, layer) -> (key, value)`` over ``[B, kv_heads, S, d]``.
         - **output:** as ``x`` (of the targets); with ``return_attention_weights=True`` (edge form) also
           ``(edge_index, weights [M, heads])``.
 

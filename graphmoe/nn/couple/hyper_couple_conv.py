@@ -72,7 +72,8 @@ class HyperCoupleConv(MessagePassing):
 
     Shapes:
         - **input:** ``x [*, nodes, F]``; ``edge_index [2, nnz]`` (node, hyperedge) of the caller's own
-          hypergraph, or ``None`` for the strategy's; ``expert [*, nodes]`` expert ids, different within a
+          hypergraph, or a sparse matrix of it ``[hyperedges, nodes]``, whose values are ignored, or ``None``
+          for the strategy's; ``expert [*, nodes]`` expert ids, different within a
           token (``E`` for an absent row; default: node ``i`` is expert ``i``); ``edge_weight [H]``: factor of
           each hyperedge, at least 0; ``level [E]``: how far each expert is there, multiplied into the
           weights of its hyperedges (0 = not at all). In ``all`` it is how far an expert is a member.
