@@ -17,6 +17,7 @@ from analysis.command import Parser, run_command
 from analysis.comparison_figure import comparison
 from analysis.comparison_table import csv_table, markdown_table
 from analysis.groups import Group, group_runs
+from analysis.memory_ablation import is_memory_ablation, memory_ablation
 from analysis.output import png, write
 from analysis.trade_off import points_of, trade_off
 from graphmoe.checkpoint import RunRecord, read
@@ -59,8 +60,8 @@ class Comparison:
 
     def save(self, directory: str | Path) -> list[Path]:
         """Write ``comparison.md``, ``comparison.csv`` and ``comparison.png``; where the results know what a
-        token costs, ``trade_off.png``; where they know the load of single steps, ``balance.png``; return
-        their paths.
+        token costs, ``trade_off.png``; where they know the load of single steps, ``balance.png``; of
+        networks that recall, ``memory_ablation.png``; return their paths.
 
         The folder is made if it is missing; a file of that name is replaced in one step.
 
@@ -76,6 +77,8 @@ class Comparison:
             contents["trade_off.png"] = png(self.trade_off())
         if is_balanced(self.groups):
             contents["balance.png"] = png(self.balance())
+        if is_memory_ablation(self.groups):
+            contents["memory_ablation.png"] = png(memory_ablation(self.groups))
         return [write(Path(directory) / name, data) for name, data in contents.items()]
 
 

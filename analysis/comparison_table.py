@@ -25,6 +25,7 @@ EXTRAS = {
     "tokens nobody chose / blind": ("unserved", "unserved_random"),
     "dropped / random": ("drop_rate", "drop_rate_random"),
     "mediator gate": ("mediator_gate",),
+    "edges kept": ("edges_kept",),
 }
 """Columns of figures of experts that only some models have."""
 DASH = "–"

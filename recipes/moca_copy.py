@@ -109,6 +109,7 @@ class MocaCopyJob(Job):
             names = ("recall_accuracy", "exact_sequences", "loss")
             without = {name: self.scored["metrics"][name] for name in names}
             result["baseline"] = {"name": "no memory"} | without | {"steps": self.scored["steps"]}
+        result["experts"] = self.records.summary() | {"edges_kept": found["edges_kept"]}
         if config.num_slots:
             write, slots = self.shown["write"], self.shown["slots"]
             bank = self.model.model.layers[0].memory.bank.slots
