@@ -131,6 +131,12 @@ class LanguageModelConfig(CollaborationConfig):
         if self.decode_rounds is not None:
             possible = self.decode_rounds >= 0 and talks
             self.require("decode_rounds", possible, "a number >= 0, of experts with --coupling collab")
+        self.require("num_memory_slots", self.num_memory_slots >= 0, "a number >= 0")
+        if self.num_memory_slots:
+            fits = 1 <= self.num_memory_slots_per_tok <= self.num_memory_slots
+            self.require("num_memory_slots_per_tok", fits, f"from 1 to {self.num_memory_slots}")
+            fits = self.num_memory_heads >= 1 and self.embed_dim % self.num_memory_heads == 0
+            self.require("num_memory_heads", fits, f"a divisor of --embed_dim {self.embed_dim}")
         for name in ("eval_windows", "final_windows"):
             value = getattr(self, name)
             self.require(name, value is None or value >= 1, "a number >= 1")

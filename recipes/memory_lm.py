@@ -30,10 +30,6 @@ class MemoryConfig(LanguageModelConfig):
     num_memory_slots: int = flag(16, "slots that a block keeps for each sequence; 0 for no memory")
     compare: bool = flag(True, "train the model without memory, too")
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.require("num_memory_slots", self.num_memory_slots >= 0, "a number >= 0")
-
 
 class MemoryJob(LanguageModelJob):
     """A language model with a memory, and afterwards one without."""
