@@ -13,7 +13,16 @@ from pathlib import Path
 
 import torch
 
-NAMES = ("moe_layer", "hf_experts", "coupling", "collaboration", "language_model")
+NAMES = (
+    "moe_layer",
+    "hf_experts",
+    "coupling",
+    "collaboration",
+    "spmm",
+    "sparse_mlp",
+    "language_model",
+    "dnc",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, fields, replace
 
 from transformers.utils import logging as transformers_logging
 
-from graphmoe.train.config import RUN_ONLY, exit_code, flag, parse
+from graphmoe.train.config import RUN_ONLY, exit_code, parse
 from recipes import comparison
 from recipes.frame import train
 from recipes.set_config import Images, SetConfig, build_model, read_images
 from recipes.set_mnist import REFERENCES, SetJob
+from recipes.study_flags import RATES, StudyFlags, some_of
 
 HEADLINE, REFERENCE = "set", "static"
 """The arm that the recipe is about, and the one that the others are compared with."""
@@ -45,28 +46,16 @@ TASK = comparison.Task(
 
 
 @dataclass(kw_only=True)
-class SetStudyConfig(SetConfig):
+class SetStudyConfig(StudyFlags, SetConfig):
     """What all arms share."""
 
-    num_seeds: int = flag(3, "seeds of each arm, from --seed on")
-    arms: list[str] = field(
-        default_factory=lambda: [HEADLINE, REFERENCE, "dense"],
-        metadata={"help": f"some of {', '.join(ARMS)}"},
-    )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [2e-3],
-        metadata={"help": "learning rates that each arm chooses from on the first seed"},
-    )
+    arms: list[str] = field(default_factory=lambda: [HEADLINE, REFERENCE, "dense"], metadata=some_of(ARMS))
+    learning_rates: list[float] = field(default_factory=lambda: [2e-3], metadata=RATES)
 
     def __post_init__(self):
         super().__post_init__()
-        self.require("num_seeds", self.num_seeds >= 1, "a number >= 1")
         self.require("topology", self.topology == "set", "nothing: each arm has its own")
-        fits = set(self.arms) <= set(ARMS) and len(set(self.arms)) == len(self.arms) > 0
-        self.require("arms", fits, f"different ones of {', '.join(ARMS)}")
-        rates = set(self.learning_rates)
-        distinct = len(rates) == len(self.learning_rates) > 0
-        self.require("learning_rates", distinct and min(rates) > 0, "one or more different numbers > 0")
+        self.require_some_of("arms", ARMS)
 
 
 def arms_of(config: SetStudyConfig) -> dict[str, SetConfig]:
