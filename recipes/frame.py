@@ -1,5 +1,6 @@
 """What all recipes that train one model share: a run, from the first check of its folder to its pictures."""
 
+import dataclasses
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -130,6 +131,28 @@ class Job(ABC):
         """Arrays ``final_...`` of the trained model, for pictures. Called in the main process, before
         :meth:`conclude`."""
         return {}
+
+    def train_beside(
+        self, name: str, job_class: "Callable[..., Job] | None" = None, *, data: dict | None = None, **changes
+    ) -> dict:
+        """Train what the model is compared with, in the folder ``name`` of its run, or go on with it.
+
+        All processes have to call this, so :meth:`score` is the place.
+
+        Args:
+            name: Folder of the other run.
+            job_class: What is trained there; by default another job of this class.
+            data: Further arguments of that job, such as data already at hand.
+            changes: Flags in which the other model differs.
+
+        Returns:
+            The result of the other run; nothing in processes other than the main one.
+        """
+        folder = Path(self.config.out_dir) / self.config.run_name
+        begun = (folder / name / "config.yaml").is_file()
+        place = {"out_dir": str(folder), "run_name": name, "resume": begun, "overwrite": False}
+        config = dataclasses.replace(self.config, **changes, **place)
+        return train(job_class or type(self), config, self.recipe, pictures=False, **(data or {}))
 
 
 def train(
