@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis import style
 from analysis.series import has
@@ -90,6 +91,8 @@ def _cells(ax: Axes, cells: np.ndarray, cmap: str, aspect: str = "auto"):
     """Draw values from 0 to 1, the first row on top."""
     image = ax.imshow(cells, cmap=cmap, vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
     ax.grid(False)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(4, integer=True))
     return image
 
 

@@ -45,9 +45,9 @@ class SequencePredictionModel(PreTrainedModel):
         if labels is None:
             return None
         scored = labels != UNSCORED
-        losses = F.binary_cross_entropy_with_logits(
-            logits.float(), labels.float().clamp(min=0), reduction="none"
-        )
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        truth = labels.to(logits.dtype).clamp(min=0)
+        losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
         return (losses * scored).sum() / scored.sum().clamp(min=1)
 
     @torch.no_grad()
