@@ -60,8 +60,8 @@ def memory_map(record: RunRecord) -> Figure:
             ax.axvline(int(asked.argmax()) - 1, color="white", linestyle=":", linewidth=1.2)
         fig.colorbar(image, ax=ax, pad=0.01)
     for step in wrong:
-        axes[1].plot([step, step], [slots - 0.5, slots + 0.06 * slots], color=WRONG, clip_on=False)
-    axes[1].set_xlim(-0.5, steps - 0.5)
+        axes[1].plot([step, step], [slots - 0.5, 1.03 * slots - 0.5], color=WRONG, clip_on=False)
+    axes[1].set(xlim=(-0.5, steps - 0.5), ylim=(slots - 0.5, -0.5))
     axes[1].set_xlabel("step of the sequence")
     return fig
 
