@@ -14,7 +14,7 @@ from recipes.few_shot_scores import embed, reading, score
 
 SMALL = [
     *("--max_steps=5", "--train_ways=6", "--encoder_dim=8", "--embed_dim=8", "--num_slots=30"),
-    *("--ways", "5", "--shots", "1", "5", "--episodes=40", "--eval_episodes=5", "--eval_every=2"),
+    *("--ways", "5", "--shots", "1", "5", "--episodes=40", "--eval_episodes=5", "--eval_every=5"),
     *("--save_every=2", "--log_every=1", "--num_threads=1", "--device=cpu", "--dataset=glyphs"),
 ]
 KINDS = ("accuracy_5w1s", "accuracy_5w5s")
