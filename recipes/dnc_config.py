@@ -56,6 +56,7 @@ class SequenceConfig(RunConfig):
             self.require(name, getattr(self, name) >= 1, "a number >= 1")
         for name in ("curriculum_start", "curriculum_steps", "baseline_steps"):
             self.require(name, getattr(self, name) >= 0, "a number >= 0")
+        self.require("parallel", self.parallel == "ddp", "ddp: a model this small is not divided")
         task = self.task()  # says now what it cannot draw
         self.require_room(task, self.length, self.slots, "--length")
         for length in self.beyond():

@@ -1,8 +1,6 @@
 """What the recipes of the differentiable neural computer share: one model, one task, an LSTM beside it."""
 
 from collections.abc import Iterable
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +13,7 @@ from graphmoe.models.sequence_prediction import SequencePredictionModel
 from graphmoe.train.config import from_run
 from graphmoe.train.loop import TrainState
 from recipes.dnc_config import BASELINE, SequenceConfig
-from recipes.frame import Job, train
+from recipes.frame import Job
 from recipes.reporting import say
 
 WATCH, FIRST, SECOND = 0, 1, 2
@@ -48,14 +46,9 @@ class SequenceJob(Job):
         config = self.config
         if config.model == BASELINE or not config.baseline_steps:
             return {}
-        folder = Path(config.out_dir) / config.run_name
-        begun = (folder / BASELINE / "config.yaml").is_file()
-        place = {"out_dir": str(folder), "run_name": BASELINE, "resume": begun, "overwrite": False}
         rare = max(config.eval_every, config.baseline_steps // 10)
-        config = replace(
-            config, model=BASELINE, max_steps=config.baseline_steps, eval_every=rare, save_every=rare, **place
-        )
-        return train(type(self), config, self.recipe, pictures=False)
+        changes = {"max_steps": config.baseline_steps, "eval_every": rare, "save_every": rare}
+        return self.train_beside(BASELINE, model=BASELINE, **changes)
 
     def conclude(self, state: TrainState) -> dict:
         result = scores(self.config, self.model)

@@ -56,7 +56,13 @@ def test_the_recorded_sequence_is_one_of_the_run(copied):
     assert 0 <= wrong <= asked == 4 * 8
 
 
-def test_resumed_is_uninterrupted(copied, tmp_path):
+@pytest.fixture
+def _no_pictures(monkeypatch):
+    monkeypatch.setattr("recipes.frame.visualize", lambda *args, **kwargs: None)
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_resumed_is_uninterrupted(tmp_path):
     flags = [*TASKS["dnc_copy"], "--out_dir", tmp_path, "--baseline_steps=0"]
     assert run("dnc_copy", *flags, "--max_steps=2", "--lr_scheduler_type=constant_with_warmup") == 0
     assert run("dnc_copy", *flags, "--resume", "--lr_scheduler_type=constant_with_warmup") == 0
@@ -75,6 +81,7 @@ def test_evaluate_with_other_slots_and_lengths(copied, capsys):
     assert "trained up to 4" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.parametrize("recipe", ["dnc_repeat_copy", "dnc_recall", "dnc_graph"])
 def test_other_tasks(recipe, tmp_path, capsys):
     assert run(recipe, *TASKS[recipe], "--out_dir", tmp_path, "--max_steps=2", "--baseline_steps=2") == 0
@@ -92,6 +99,7 @@ def test_other_tasks(recipe, tmp_path, capsys):
         ("dnc_copy", ["--more_lengths", "70"], "--more_lengths: 70 vectors"),
         ("dnc_copy", ["--slots=0"], "--slots: "),
         ("dnc_copy", ["--bits=0"], "--bits: "),
+        ("dnc_copy", ["--parallel=fsdp"], "--parallel: "),
         ("dnc_recall", ["--length=11"], "--length: 33 vectors"),
         ("dnc_repeat_copy", ["--repeats=0"], "--repeats: "),
         ("dnc_graph", ["--length=9"], "--names: "),
