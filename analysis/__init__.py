@@ -31,6 +31,16 @@ from analysis.routing_graph import routing_graph
 from analysis.routing_load import routing_load
 from analysis.routing_tokens import routing_tokens
 from analysis.series import INFERENCE, has, steps
+from analysis.sparse import (
+    degree_distribution,
+    edge_ages,
+    edge_survival,
+    has_feeds,
+    has_pixels,
+    has_survival,
+    pixel_importance,
+    sparse_mask,
+)
 from analysis.specialisation import expert_similarity, routing_information, specialisation
 from graphmoe.checkpoint import RunRecord
 
@@ -66,6 +76,11 @@ PLOTS: dict[Plot, Callable[[RunRecord], bool]] = {
     memory_episode: has_episode,
     few_shot_accuracy: has_few_shot,
     orthogonality: lambda record: has(record, "orthogonality_strength") or has(record, "overlap"),
+    edge_survival: has_survival,
+    edge_ages: has_feeds,
+    degree_distribution: has_feeds,
+    sparse_mask: has_feeds,
+    pixel_importance: has_pixels,
     routing_load: is_routed,
     routing_tokens: is_routed,
     routing_graph: is_compared,

@@ -28,6 +28,8 @@ AXES = {
     "drop_rate_random": "SL",
     "mediator_gate": "SL",
     "mediator_gate_std": "SL",
+    "sparse_edges": "SL",
+    "sparse_survival": "SL",
 }
 """Axes of every time series."""
 FINAL = {
@@ -69,7 +71,7 @@ ROUTED = {
 }
 """Axes of what one traced pass has shown: N tokens, P layers whose experts are compared pair by pair."""
 COUNTS = (
-    *("step", "ghost_phase", "incidence", *INFERENCE),
+    *("step", "ghost_phase", "incidence", "sparse_edges", *INFERENCE),
     *("routed_layer", "routed_sequence", "routed_degree", "routed_first", "routed_graph_layer"),
 )
 """What is recorded in integers."""
@@ -111,12 +113,13 @@ def series(record: RunRecord, key: str) -> np.ndarray:
     fits = (
         values.shape == tuple(sizes[axis] for axis in axes)
         and sizes["S"] == len(steps(record))
-        and sizes.get("E", num_experts(record)) == num_experts(record)
+        and ("E" not in sizes or sizes["E"] == num_experts(record))
         and sizes.get("G", ghosts) == ghosts
         and all(other.shape[1:2] == values.shape[1:2] for other in _layered(record))
     )
     if not fits:
-        known = f"S = {len(steps(record))}, E = {num_experts(record)}, G = {ghosts}, the same L everywhere"
+        experts = f"E = {num_experts(record)}, " if "E" in sizes else ""
+        known = f"S = {len(steps(record))}, {experts}G = {ghosts}, the same L everywhere"
         what = f"'{key}' does not fit the other records"
         raise CheckpointError(what, _where(record), f"[{', '.join(axes)}] with {known}", values.shape)
     # A run that diverged has recorded infinities, which no axis can show.

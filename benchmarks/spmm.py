@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.timing import side_by_side
 from graphmoe.nn import WeightedSumConv
+from graphmoe.nn.sparse.places import draw_places
 from graphmoe.ops.topology import Topology
 
 OURS, EDGES, CSR = "WeightedSumConv", "PyG message passing", "torch CSR, its own gradient"
@@ -36,8 +37,9 @@ SHAPES = (Shape(65_536, 1_000_000, 64, "at least 20"), Shape(4_096, 100_000, 64,
 
 def forms(shape: Shape) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """``(x, weight) -> out``, by name, on one random graph."""
-    edges = torch.randint(shape.nodes, (2, shape.edges))
-    edges = edges[:, edges[1].argsort(stable=True)]
+    # Different pairs of nodes: torch's own gradient cannot do with edges that are there twice.
+    place = draw_places(shape.nodes**2, shape.edges)
+    edges = torch.stack([place % shape.nodes, place.div(shape.nodes, rounding_mode="floor")])
     conv, topology = WeightedSumConv(), Topology(edges, (shape.nodes, shape.nodes))
     ptr, source = topology.ptr.long(), topology.source.long()
     size = (shape.nodes, shape.nodes)

@@ -37,7 +37,7 @@ class SetConfig(RunConfig):
     save_every: int = flag(500, "optimiser steps between checkpoints", aliases=["--save_interval"])
     log_every: int = flag(50, "optimiser steps between lines of metrics", aliases=["--log_interval"])
     dataset: str = flag("digits", "digits (of scikit-learn), mnist, fashion_mnist or cifar10")
-    validation: float = flag(0.05, "share of the training images to watch, not to train on")
+    validation: float = flag(0.02, "share of the training images to watch, not to train on")
     split_seed: int = flag(0, "seed of the division into parts, the same for all --seed")
     shift: int | None = flag(
         None, "most pixels that a training image is moved, up or down and to a side; 1 of 28 without it"
