@@ -1,11 +1,11 @@
 """Say a sequence of up to 60 tokens again, from memory slots that tokens write and read along routed edges.
 
-``python -m recipes.moca_copy``, or as many slots as tokens: ``python -m recipes.moca_copy --num_slots 64
---max_steps 400``
+``python -m recipes.moca_copy``, or as many slots as tokens and slots chosen by position: ``python -m
+recipes.moca_copy --num_slots 64 --address key --max_steps 300``
 
 The network sees each token once; behind a delimiter it gets blanks only, and nothing but the memory reaches
 from a token to its blank. Only blanks are scored, on sequences never seen. The same network without a memory
-is trained for a few steps in the same run as a baseline, beside chance.
+(``--num_slots 0``) is trained for a few steps in the same run as a baseline, beside chance (0.8 %).
 """
 
 import math
