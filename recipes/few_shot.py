@@ -81,7 +81,8 @@ class FewShotJob(Job):
         if not isinstance(self.model, MemoryTransformer):
             return {}
         ways, shots = min(self.config.ways), max(self.config.shots)
-        return episode_records(self.model, self.test, self.config.episodes_of(self.test, ways, shots))
+        drawn = self.config.episodes_of(self.test, ways, shots)
+        return episode_records(self.model, self.test, drawn, views=self.config.views)
 
     def conclude(self, state: TrainState) -> dict:
         result = scores(self.config, self.model, self.test)
@@ -93,7 +94,8 @@ class FewShotJob(Job):
             result["baseline"] = dict(result["pixels"])
         if isinstance(self.model, MemoryTransformer):
             drawn = self.config.episodes_of(self.test, min(self.config.ways), max(self.config.shots))
-            result["memory"] = reading(self.model, embed(self.model, self.test), drawn)
+            embeddings = embed(self.model, self.test, views=self.config.views)
+            result["memory"] = reading(self.model, embeddings, drawn)
         return result | {"held_out": {"characters": len(self.test), "seed": self.config.split_seed}}
 
     def report(self, result: dict) -> None:
@@ -119,7 +121,7 @@ def scores(config: FewShotConfig, model: FewShotModel, test: Characters) -> dict
     """Mean accuracy over episodes and its standard error, of the model and of raw pixels, beside chance."""
     parts: dict[str, dict] = {key: {} for key in ("metrics", "standard_error", "pixels", "chance")}
     parts["pixels"]["name"] = "nearest pixels"
-    embeddings = embed(model, test)
+    embeddings = embed(model, test, views=config.views)
     for name, ways, shots in config.grid():
         key, count = f"accuracy_{name}", max(1, config.episodes * 5 // ways)
         drawn = config.episodes_of(test, ways, shots)

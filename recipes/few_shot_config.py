@@ -58,6 +58,9 @@ class FewShotConfig(RunConfig):
     )
     queries: int = flag(5, "other drawings of each character to tell")
     episodes: int = flag(8000, "episodes of 5 characters to score in the end; of more characters fewer")
+    views: int = flag(
+        5, "slight distortions of a drawing, itself among them, over which it is embedded in the end"
+    )
     eval_episodes: int = flag(400, "as many while training")
     eval_every: int = flag(400, "optimiser steps between evaluations")
     save_every: int = flag(400, "optimiser steps between checkpoints", aliases=["--save_interval"])
@@ -70,7 +73,7 @@ class FewShotConfig(RunConfig):
             self.require(name, min(values) >= (2 if name == "ways" else 1), "2 ways, 1 shot at least")
         self.require("train_ways", self.train_ways >= 2, "a number >= 2")
         self.require("train_drawings", self.train_drawings >= 2, "a number >= 2")
-        for name in ("queries", "episodes", "eval_episodes"):
+        for name in ("queries", "episodes", "eval_episodes", "views"):
             self.require(name, getattr(self, name) >= 1, "a number >= 1")
         self.require("split_seed", self.split_seed >= 0, "a number >= 0")
         self.require("seed", self.seed < SCORED_SEED, f"a number below {SCORED_SEED}")

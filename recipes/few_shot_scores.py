@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphmoe.data.few_shot import Characters, Episode, Episodes, as_ink
+from graphmoe.data.few_shot import Characters, Episode, Episodes, as_ink, distort
 from graphmoe.models import MemoryTransformer
 from graphmoe.models.memory_transformer import FewShotModel
 from graphmoe.train.evaluate import evaluating
@@ -16,13 +16,27 @@ EPISODES = 100
 
 
 @torch.no_grad()
-def embed(model: FewShotModel, characters: Characters, *, batch_size: int = 500) -> Tensor:
-    """Embeddings of all drawings in eval mode, ``[characters, drawings, hidden_size]``."""
+def embed(model: FewShotModel, characters: Characters, *, views: int = 1, batch_size: int = 500) -> Tensor:
+    """Embeddings of all drawings in eval mode, ``[characters, drawings, hidden_size]``.
+
+    Args:
+        model: What embeds them.
+        characters: What they are drawings of.
+        views: The embedding of a drawing is the mean of its own and of those of ``views - 1`` slight
+            distortions of it: half of those of training, the same for all models.
+        batch_size: Drawings embedded at once.
+    """
     device = next(model.parameters()).device
     images = as_ink(characters.images).flatten(0, 1)
+    total = torch.zeros(())
     with evaluating(model):
-        parts = [model.encode(part.to(device)) for part in images.split(batch_size)]
-    return torch.cat(parts).unflatten(0, characters.images.shape[:2])
+        for view in range(views):
+            seen = images
+            if view:
+                seen = distort(images, np.random.default_rng(view), angle=5.0, scale=0.07, shift=0.05)
+            parts = [model.encode(part.to(device)) for part in seen.split(batch_size)]
+            total = total.to(device) + torch.cat(parts)
+    return (total / views).unflatten(0, characters.images.shape[:2])
 
 
 @torch.no_grad()
@@ -92,7 +106,7 @@ def reading(model: MemoryTransformer, embeddings: Tensor, episodes: Episodes) ->
 
 @torch.no_grad()
 def episode_records(
-    model: MemoryTransformer, characters: Characters, episodes: Episodes
+    model: MemoryTransformer, characters: Characters, episodes: Episodes, *, views: int = 1
 ) -> dict[str, Tensor]:
     """One episode as arrays for a picture: what was written where, and what was read.
 
@@ -105,7 +119,7 @@ def episode_records(
     drawn = episodes.draw(0)
     labels = torch.arange(episodes.ways)
     known, asked = (labels.repeat_interleave(n) for n in (episodes.shots, episodes.queries))
-    support, query = gather(embed(model, characters), [drawn])
+    support, query = gather(embed(model, characters, views=views), [drawn])
     device = support.device
     with evaluating(model):
         state = model.memory.write(support, known.to(device).unsqueeze(0))

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from command_line import losses, run
 
 from graphmoe import checkpoint, load
+from graphmoe.data.few_shot import as_ink, distort
 from graphmoe.models import MemoryTransformer, PrototypicalNetwork
 from recipes import few_shot
 from recipes.few_shot_config import SCORED_SEED, FewShotConfig, read_characters
@@ -14,7 +16,17 @@ from recipes.few_shot_scores import embed, reading, score
 
 SMALL = [
     *("--max_steps=5", "--train_ways=6", "--encoder_dim=8", "--embed_dim=8", "--num_slots=30"),
-    *("--ways", "5", "--shots", "1", "5", "--episodes=40", "--eval_episodes=5", "--eval_every=5"),
+    *(
+        "--ways",
+        "5",
+        "--shots",
+        "1",
+        "5",
+        "--episodes=40",
+        "--eval_episodes=5",
+        "--eval_every=5",
+        "--views=2",
+    ),
     *("--save_every=2", "--log_every=1", "--num_threads=1", "--device=cpu", "--dataset=glyphs"),
 ]
 KINDS = ("accuracy_5w1s", "accuracy_5w5s")
@@ -68,6 +80,17 @@ def test_scored_again_it_says_the_same(finished, capsys):
     result = json.loads((finished / "result.json").read_text())
     for kind in KINDS:
         assert f"{100 * result['metrics'][kind]:.2f} ± {100 * result['standard_error'][kind]:.2f}" in out
+
+
+def test_an_embedding_is_the_mean_over_views(finished):
+    test, model = read_characters(FewShotConfig(dataset="glyphs"))[1].take(range(3)), load(finished)
+    one, two, three = (embed(model, test, views=views) for views in (1, 2, 3))
+    images = as_ink(test.images).flatten(0, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(one.flatten(0, 1), model.encode(images))
+        seen = distort(images, np.random.default_rng(1), angle=5, scale=0.07, shift=0.05)
+        torch.testing.assert_close((two * 2 - one).flatten(0, 1), model.encode(seen), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(one, three)
 
 
 def test_attention_is_summed_up(finished):
