@@ -18,12 +18,15 @@ from recipes.sequence_task import SequenceJob
 class GraphConfig(SequenceConfig):
     """Flags of the traversal task."""
 
-    length: int = with_default("length", 5)
+    max_steps: int = with_default("max_steps", 2000)
+    batch_size: int = with_default("batch_size", 32)
+    length: int = with_default("length", 4)
     curriculum_start: int = with_default("curriculum_start", 2)
-    slots: int = with_default("slots", 16)
-    names: int = flag(8, "names that nodes can have")
-    labels: int = flag(2, "labels of edges; every node has one edge of each")
-    walk: int = flag(3, "steps of a walk")
+    slots: int = with_default("slots", 8)
+    slot_size: int = with_default("slot_size", 24)
+    names: int = flag(6, "names that nodes can have")
+    labels: int = flag(1, "labels of edges; every node has one edge of each")
+    walk: int = flag(1, "steps of a walk")
 
     def task(self) -> TraversalTask:
         return TraversalTask(self.names, self.labels, self.length, self.walk)
