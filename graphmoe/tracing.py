@@ -11,9 +11,20 @@ from torch_geometric.data import HeteroData
 from graphmoe.errors import ConfigError, GraphError
 from graphmoe.graph import to_hetero
 from graphmoe.integrations import hf_trace
-from graphmoe.nn import AttendConv, MoELayer, edge_form, moe_layers
+from graphmoe.nn import AttendConv, MemoryLayer, MoELayer, edge_form, moe_layers
 from graphmoe.nn.rows import attention_of_experts
-from graphmoe.typing import ATTENDS, COUPLES, EXPERT, ROUTES, TOKEN, Record
+from graphmoe.typing import (
+    ANSWERS,
+    ATTENDS,
+    COUPLES,
+    EXPERT,
+    ROUTES,
+    SLOT,
+    TOKEN,
+    WRITES,
+    MemoryRecord,
+    Record,
+)
 
 
 class _Edges(NamedTuple):
@@ -33,7 +44,11 @@ def trace(model: nn.Module, *, attention: bool | None = None, **inputs: Tensor) 
     Edges, each with ``weight`` and ``layer``: ``token routes expert`` (routing weight), ``token attends
     token`` (attention, mean over heads) and of experts that are coupled ``expert couples expert``: the part
     of a coupling's strength that is the same for all tokens, or of collaborating experts the attention of one
-    to another, mean over the tokens that have both, heads and rounds (mediators are no nodes of it).
+    to another, mean over the tokens that have both, heads and rounds (mediators are no nodes of it). Of a
+    model with a memory also the nodes ``slot`` (of every layer and sequence one for each slot; attributes
+    ``layer``, ``index`` and ``batch``) and the edges ``token writes slot`` (routing weight times write gate)
+    and ``slot answers token`` (attention, mean over heads), to be read in the order of the tokens: a slot
+    answers with what earlier tokens wrote.
 
     Of transformers' models (Mixtral, Qwen MoE, OLMoE, DeepSeek, GPT-OSS and every other whose experts are
     dispatched by its ``use_experts_implementation``) the edges are those that the experts were given: after
@@ -51,15 +66,16 @@ def trace(model: nn.Module, *, attention: bool | None = None, **inputs: Tensor) 
         **inputs: What its forward takes, such as ``input_ids [B, T]``, on the devices where it takes them.
 
     Raises:
-        ConfigError: The model has no MoE layer that can be traced, neither ``input_ids`` nor
+        ConfigError: The model has neither MoE layer nor memory that can be traced, neither ``input_ids`` nor
             ``inputs_embeds`` is given to a model of transformers, or its attention cannot be had.
     """
     layers = moe_layers(model)
-    if not layers and not hf_trace.expert_modules(model):
-        expected = "a model with MoELayers or with experts that transformers dispatches"
+    own = bool(layers) or any(isinstance(module, MemoryLayer) for module in model.modules())
+    if not own and not hf_trace.expert_modules(model):
+        expected = "a model with MoELayers, MemoryLayers or with experts that transformers dispatches"
         raise ConfigError("nothing to trace", "model", expected, type(model).__name__)
     with _in_eval_mode(model), torch.no_grad():
-        if layers:
+        if own:
             return _trace_own(model, layers, inputs, attention=attention is not False)
         return _trace_transformers(model, inputs, attention=bool(attention))
 
@@ -161,25 +177,32 @@ def _trace_own(
     model: nn.Module, layers: list[MoELayer], inputs: dict[str, Tensor], *, attention: bool
 ) -> HeteroData:
     attends: list[_Edges] = []
+    remembered: list[MemoryRecord] = []
     hooks, tracked = [], [layer.track_attention for layer in layers]
     try:
-        for conv in model.modules() if attention else ():
-            if isinstance(conv, AttendConv):
-                hooks.append(conv.register_propagate_forward_pre_hook(_keep_attention(attends)))
+        for module in model.modules():
+            if attention and isinstance(module, AttendConv):
+                hooks.append(module.register_propagate_forward_pre_hook(_keep_attention(attends)))
+            if isinstance(module, MemoryLayer):
+                hooks.append(module.register_forward_hook(lambda _, args, out: remembered.append(out[2])))
         for layer in layers:
             layer.track_attention = True
         with edge_form(model) if attention else nullcontext():
-            records = model(**inputs, output_records=True, use_cache=False).records
+            records = model(**inputs, output_records=True, use_cache=False).records or ()
     finally:
         for hook in hooks:
             hook.remove()
         for layer, before in zip(layers, tracked, strict=True):
             layer.track_attention = before
+    num_tokens, tokens = _tokens(inputs)
+    if num_tokens is None:
+        num_tokens = [*records, *remembered][0].routing.logits.size(0)
     routes, couples, first = [], [], 0
     for index, (layer, record) in enumerate(zip(layers, records, strict=True)):
         live = int(record.routing.ptr[-1])  # rows behind it are absent edges
-        edges = torch.stack([record.routing.token[:live], record.routing.expert[:live] + first])
-        routes.append(_Edges(edges.cpu(), record.routing.weight[:live].float().cpu(), index))
+        token = _places(record, tokens, num_tokens)[record.routing.token[:live].cpu()]
+        edges = torch.stack([token, record.routing.expert[:live].cpu() + first])
+        routes.append(_Edges(edges, record.routing.weight[:live].float().cpu(), index))
         strength = _strength(layer, record)
         if strength is not None:
             to, source = (strength > 0).nonzero(as_tuple=True)
@@ -190,11 +213,45 @@ def _trace_own(
     awake = [
         torch.ones(layer.num_experts) if layer.ghosts is None else layer.ghosts().cpu() for layer in layers
     ]
-    nodes["level"] = torch.cat(awake)
-    num_tokens = records[0].routing.logits.size(0)
-    return _assemble(
-        num_tokens, _tokens(inputs)[1], nodes, {ATTENDS: attends, ROUTES: routes, COUPLES: couples}
-    )
+    nodes["level"] = torch.cat([*awake, torch.zeros(0)])
+    passes = {ATTENDS: attends, ROUTES: routes, COUPLES: couples}
+    slots = {}
+    if remembered:
+        slots, passes[WRITES], passes[ANSWERS] = _memories(remembered, tokens, num_tokens)
+    return _assemble(num_tokens, tokens, nodes, passes, slots)
+
+
+def _places(record: Record | MemoryRecord, tokens: dict[str, Tensor], num_tokens: int) -> Tensor:
+    """Where the tokens of a record stand among all of the pass: those of padding may have been left out."""
+    count = record.routing.logits.size(0)
+    return torch.arange(count) if count == num_tokens else tokens["present"].nonzero().flatten()
+
+
+def _memories(
+    records: list[MemoryRecord], tokens: dict[str, Tensor], num_tokens: int
+) -> tuple[dict[str, Tensor], list[_Edges], list[_Edges]]:
+    """Attributes of the slots of all memories and sequences, who wrote them and whom they answered."""
+    sequence = tokens.get("batch", torch.zeros(num_tokens, dtype=torch.long))
+    count = int(sequence.max()) + 1 if num_tokens else 0
+    layer_of, index_of, batch_of, writes, answers, first = [], [], [], [], [], 0
+    for layer, record in enumerate(records):
+        routing, live = record.routing, int(record.routing.ptr[-1])
+        size, k = routing.num_experts, max(routing.k, 1)
+        local, place = routing.token[:live].cpu(), routing.perm[:live].cpu() % k
+        token = _places(record, tokens, num_tokens)[local]
+        slot = first + sequence[token] * size + routing.expert[:live].cpu()
+        strength = routing.weight[:live].float().cpu() * record.gate.float().cpu()[local]
+        wrote = strength > 0
+        writes.append(_Edges(torch.stack([token, slot])[:, wrote], strength[wrote], layer))
+        heard = record.read.float().cpu()[local, :, place].mean(dim=1)
+        answers.append(_Edges(torch.stack([slot, token]), heard, layer))
+        layer_of.append(torch.full((count * size,), layer))
+        index_of.append(torch.arange(size).repeat(count))
+        batch_of.append(torch.arange(count).repeat_interleave(size))
+        first += count * size
+    names = ("layer", "index", "batch")
+    parts = (layer_of, index_of, batch_of)
+    return {name: torch.cat(part) for name, part in zip(names, parts, strict=True)}, writes, answers
 
 
 def _keep_attention(kept: list[_Edges]):
@@ -219,10 +276,10 @@ def _strength(layer: MoELayer, record: Record) -> Tensor | None:
 
 def _experts(layers: list[tuple[int, int]]) -> dict[str, Tensor]:
     """Attributes of the expert nodes, given number and experts of each MoE layer."""
-    number, count = torch.tensor(layers).unbind(dim=1)
+    number, count = torch.tensor(layers, dtype=torch.long).view(-1, 2).unbind(dim=1)
     return {
         "layer": number.repeat_interleave(count),
-        "index": torch.cat([torch.arange(experts) for experts in count.tolist()]),
+        "index": torch.cat([torch.arange(experts) for experts in [0, *count.tolist()]]),
     }
 
 
@@ -231,6 +288,7 @@ def _assemble(
     tokens: dict[str, Tensor],
     experts: dict[str, Tensor],
     passes: dict[tuple[str, str, str], list[_Edges]],
+    slots: dict[str, Tensor] | None = None,
 ) -> HeteroData:
     edges, attributes = {}, {}
     for edge_type, layers in passes.items():
@@ -241,5 +299,7 @@ def _assemble(
                 "weight": torch.cat([layer.weight for layer in layers]),
                 "layer": torch.tensor([layer.layer for layer in layers]).repeat_interleave(sizes),
             }
+    nodes = {TOKEN: tokens, EXPERT: experts} | ({SLOT: slots} if slots else {})
     counts = {TOKEN: num_tokens, EXPERT: experts["index"].numel()}
-    return to_hetero(counts, edges, attributes, {TOKEN: tokens, EXPERT: experts})
+    counts |= {SLOT: slots["index"].numel()} if slots else {}
+    return to_hetero(counts, edges, attributes, nodes)

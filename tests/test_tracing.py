@@ -3,8 +3,8 @@ import torch
 
 import graphmoe
 from graphmoe.errors import ConfigError
-from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM
-from graphmoe.typing import ATTENDS, COUPLES, ROUTES
+from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM, MocaConfig, MocaForTokenPrediction
+from graphmoe.typing import ANSWERS, ATTENDS, COUPLES, ROUTES, WRITES
 
 
 def test_trace_of_a_language_model():
@@ -33,6 +33,43 @@ def test_trace_of_a_language_model():
     asleep = data["expert"].level == 0
     assert asleep.sum() == 2
     assert not asleep[couples.edge_index].any() and (couples.weight > 0).all()
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_trace_of_a_memory(experts):
+    """Slots of each sequence and layer; a token writes and reads its own, with weights that add up."""
+    config = GraphMoEConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_experts=experts, num_experts_per_tok=min(experts, 2), num_memory_slots=6,
+    )  # fmt: skip
+    model = GraphMoEForCausalLM(config)
+    data = graphmoe.trace(model, input_ids=torch.randint(31, (3, 5)))
+    assert data.validate() and data["slot"].num_nodes == 2 * 3 * 6
+    assert data["expert"].num_nodes == (2 * experts if experts > 1 else 0)
+    for edge_type, token in ((WRITES, 0), (ANSWERS, 1)):
+        edges = data[edge_type]
+        tokens, slots = edges.edge_index[token], edges.edge_index[1 - token]
+        assert edges.edge_index.size(1) == 2 * 15 * 2
+        assert torch.equal(data["slot"].batch[slots], data["token"].batch[tokens])
+        assert torch.equal(data["slot"].layer[slots], edges.layer)
+        for layer in (0, 1):
+            mine = edges.layer == layer
+            total = torch.zeros(15).index_add(0, tokens[mine], edges.weight[mine])
+            if edge_type == ANSWERS:  # attention of a token sums to 1
+                torch.testing.assert_close(total, torch.ones(15))
+            else:  # what it writes to its gate
+                assert (total > 0).all() and (total < 1).all()
+
+
+def test_trace_of_slots_and_experts_leaves_padding_out():
+    config = MocaConfig(vocab_size=11, hidden_size=16, num_slots=5, num_experts=3, max_position_embeddings=16)
+    model = MocaForTokenPrediction(config)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    data = graphmoe.trace(model, input_ids=torch.randint(1, 9, (2, 4)), attention_mask=mask)
+    assert data.validate() and data["slot"].num_nodes == 2 * 5
+    present = {0, 1, 2, 3, 4, 5}
+    for edge_type, token in ((ROUTES, 0), (WRITES, 0), (ANSWERS, 1)):
+        assert set(data[edge_type].edge_index[token].tolist()) == present
 
 
 def test_trace_of_collaborating_experts():
