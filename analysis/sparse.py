@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from analysis import style
 from analysis.lines import from_zero, layer_colours, layer_legend, layer_lines
@@ -88,9 +88,10 @@ def edge_ages(record: RunRecord) -> Figure:
         share = np.bincount(layer.age, minlength=most + 1) / len(layer.age)
         ax.plot(np.arange(most + 1), share, color=colour, marker="o", markersize=3, linewidth=1.2)
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{style.amount(100 * share)} %"))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     ax.set_xlabel("rewirings survived")
-    ax.set_ylabel("edges")
+    ax.set_ylabel("edges of the layer")
     layer_legend(fig, colours)
     return fig
 

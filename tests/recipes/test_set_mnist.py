@@ -16,6 +16,7 @@ from recipes.set_mnist import score
 SMALL = [
     *("--hidden_dim=40", "--num_layers=2", "--density=0.3", "--warmup_steps=5", "--eval_every=10"),
     *("--save_every=10", "--log_every=5", "--num_threads=1", "--device=cpu", "--max_steps=40"),
+    "--validation=0.05",
 ]
 
 
@@ -46,7 +47,7 @@ def test_a_run_leaves_its_score_beside_logistic_regression_and_chance(finished):
 
 
 def test_the_score_is_that_of_the_last_weights_on_the_test_part(finished):
-    model, images = load(finished), read_images(SetConfig())
+    model, images = load(finished), read_images(SetConfig(validation=0.05))
     assert type(model) is SparseMLP
     found = score(model, images.data, images.data.test)
     metrics = read(finished)["metrics"]
@@ -106,7 +107,7 @@ def test_topologies_side_by_side(out, capsys):
 
 
 def test_epochs_are_steps():
-    config = SetConfig(epochs=2.5, batch_size=100, gradient_accumulation_steps=2)
+    config = SetConfig(epochs=2.5, batch_size=100, gradient_accumulation_steps=2, validation=0.05)
     images = read_images(config)
     batches = read_batches(config, images)
     assert batches.shift == 0 and batches.steps_per_epoch(100) == len(images.data.train) // 100 == 13

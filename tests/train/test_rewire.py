@@ -2,10 +2,15 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
@@ -183,3 +188,62 @@ def test_until_and_wrong_input():
     ):
         with pytest.raises(ConfigError, match=match):
             Rewire(layer, **options)
+
+
+# Two processes ---------------------------------------------------------------------------------
+
+
+def one_rank(out):
+    """What each process of a run leaves of the model."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    for growth in ("random", "gradient"):
+        folder = out / f"{growth}-{os.environ.get('RANK', 'one')}"
+        folder.mkdir()
+        net = model().double()
+        net.dropout.dropped = 0
+        rewire = Rewire(net, every=2, growth=growth, seed=5)
+        config = RunConfig(max_steps=7, batch_size=8, learning_rate=1e-2, warmup_steps=0, device="cpu")
+        fit(net, doubles, config, folder, callbacks=[rewire])
+        save_file({name: value.contiguous() for name, value in net.state_dict().items()}, folder / "net")
+
+
+def doubles(index, size, slots):
+    batch = batches(index, size, slots)
+    return batch | {"pixel_values": batch["pixel_values"].double()}
+
+
+@pytest.mark.slow
+def test_two_processes_move_the_same_edges_as_one(tmp_path, double):
+    one_rank(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    root = Path(__file__).parents[2]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common["PYTHONPATH"] = f"{root}:{root / 'tests'}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(tmp_path)], cwd=root,
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    try:
+        printed = [process.communicate(timeout=480)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
+    for growth in ("random", "gradient"):
+        one, *ranks = (load_file(tmp_path / f"{growth}-{rank}" / "net") for rank in ("one", "0", "1"))
+        assert int(one["layers.0.rewirings"]) == 3
+        for name, value in one.items():
+            assert torch.equal(ranks[0][name], ranks[1][name]), name
+            torch.testing.assert_close(ranks[0][name], value, rtol=1e-9, atol=1e-12)
+
+
+if __name__ == "__main__":
+    one_rank(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()
