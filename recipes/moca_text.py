@@ -77,8 +77,14 @@ class MocaTextJob(Job):
         config = replace(self.config, num_slots=0, num_experts=1, **place)
         return train(MocaTextJob, config, self.recipe, pictures=False, texts=self.texts)
 
+    def final_records(self, state: TrainState) -> dict[str, Tensor]:
+        if not self.config.routed:
+            return {}
+        load, self.edges = edges(self.model, self.validation.sequential(EVAL_BATCH))
+        return {} if load is None else {"final_memory_load": load}
+
     def conclude(self, state: TrainState) -> dict:
-        result = scores(self.model, self.texts)
+        result = scores(self.model, self.texts) | ({"edges": self.edges} if self.config.routed else {})
         result["metrics"]["tokens_per_second"] = speed(state.run_dir)
         result["validation"] = self.score_model(self.model)
         if self.scored:
@@ -124,6 +130,25 @@ def score(model: nn.Module, batches: Iterable[tuple[HashedBatch, np.ndarray]]) -
             losses.append(F.cross_entropy(logits, labels, reduction="none"))
             right.append(logits.argmax(dim=1) == labels)
     return {"loss": torch.cat(losses).mean().item(), "accuracy": torch.cat(right).double().mean().item()}
+
+
+@torch.no_grad()
+def edges(
+    model: nn.Module, batches: Iterable[tuple[HashedBatch, np.ndarray]]
+) -> tuple[Tensor | None, dict[str, float]]:
+    """Share of the edges to slots that each slot has, ``[S]``, layers together, ``None`` without slots; and
+    the effective edges of a word, ``usage``, and those left by its budget, ``kept``, as fractions of all."""
+    device, load, parts = next(model.parameters()).device, None, []
+    with evaluating(model):
+        for batch, labels in batches:
+            inputs = {name: value.to(device) for name, value in arguments(model, batch, labels).items()}
+            for record in model(**inputs, output_records=True).layer_records:
+                parts.append(torch.stack([record.usage, record.kept], dim=1).cpu())  # [N, 2]
+                if record.memory is not None:
+                    counts = record.memory.routing.ptr.diff().double().cpu()
+                    load = counts if load is None else load + counts
+    usage, kept = torch.cat(parts).double().mean(dim=0).tolist()
+    return None if load is None else load / load.sum().clamp(min=1), {"usage": usage, "kept": kept}
 
 
 def scores(model: nn.Module, texts: HashedTexts) -> dict[str, dict]:

@@ -1,12 +1,14 @@
 """The classifier of slots, experts and n-grams from the outside."""
 
+import argparse
+import bisect
+import inspect
 import json
 
 import pytest
 from command_line import losses, run
 
 from graphmoe import checkpoint, load
-from graphmoe.data import docstrings
 from graphmoe.models import MocaForSequenceClassification
 
 SMALL = [
@@ -18,11 +20,13 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """Docstrings of two packages, a handful of each."""
-    _, rows = docstrings.docstring_rows(2)
-    kept = {label: [row for row in rows if row.label == label][:40] for label in {row.label for row in rows}}
+    """Lines of two modules of the standard library."""
     path = tmp_path_factory.mktemp("texts") / "texts.tsv"
-    lines = [f"{' '.join(row.text.split())}\t{row.label}\n" for part in kept.values() for row in part]
+    lines = []
+    for module in (argparse, bisect):
+        source = inspect.getsource(module).splitlines()
+        kept = list(dict.fromkeys(" ".join(line.split()) for line in source if len(line.split()) > 3))
+        lines += [f"{line}\t{module.__name__}\n" for line in kept[:40]]
     path.write_text("".join(lines), encoding="utf-8")
     return path
 
@@ -43,7 +47,9 @@ def test_what_a_run_leaves(finished):
     assert result["no_routing"]["params_active"] < result["params_active"] < result["params_total"]
     assert set(result["validation"]) == {"accuracy", "loss"}
     assert (finished / "report.html").exists() and (finished / "no_routing" / "result.json").exists()
-    assert "load" in checkpoint.read(finished).records
+    records = checkpoint.read(finished).records
+    assert "load" in records and abs(records["final_memory_load"].sum() - 1) < 1e-6
+    assert 0 < result["edges"]["usage"] <= 1 and 0 < result["edges"]["kept"] <= 1
     model = load(finished)
     assert isinstance(model, MocaForSequenceClassification) and (model.votes.rarity > 0).any()
     assert load(finished / "no_routing").model.layers[0].memory is None
