@@ -1,6 +1,12 @@
 """Copy sequences of random vectors with a differentiable neural computer, then longer ones in more slots.
 
 ``python -m recipes.dnc_copy``
+
+8 random bits a vector, up to 20 vectors, one read head, 32 slots of 16 channels. Wrong bits of the 84,000 of
+each of two sets: 0 and 0, with seeds 0 and 1 after 750 steps, with seed 2 after 1,500 (after 750 it had not yet
+learned to read in order). In 64 slots at most 0.013 % of the bits of 30, 40, 50 or 60 vectors were wrong. Beside
+seed 0 an LSTM of equal size got 78.4 % of the bits right after 7,500 steps; chance is 50 %.
+``--evaluate RUN --slots 64 --length 40`` scores a run elsewhere.
 """
 
 import sys
@@ -18,7 +24,8 @@ from recipes.sequence_task import SequenceJob
 class CopyConfig(SequenceConfig):
     """Flags of the copy task."""
 
-    max_steps: int = with_default("max_steps", 750)
+    max_steps: int = with_default("max_steps", 1500)
+    baseline_steps: int = with_default("baseline_steps", 15_000)
     bits: int = flag(8, "bits of a vector")
     more_lengths: list[int] = field(
         default_factory=lambda: [30, 40, 50, 60],
