@@ -2,11 +2,11 @@
 
 ``python -m recipes.dnc_copy``
 
-8 random bits a vector, up to 20 vectors, one read head, 32 slots of 16 channels. Wrong bits of the 84,000 of
-each of two sets: 0 and 0, with seeds 0 and 1 after 750 steps, with seed 2 after 1,500 (after 750 it had not yet
-learned to read in order). In 64 slots at most 0.013 % of the bits of 30, 40, 50 or 60 vectors were wrong. Beside
-seed 0 an LSTM of equal size got 78.4 % of the bits right after 7,500 steps; chance is 50 %.
-``--evaluate RUN --slots 64 --length 40`` scores a run elsewhere.
+8 random bits a vector, up to 20 vectors, one read head, 32 slots of 16 channels. Wrong bits of the 84,000
+of each of two sets: 0 and 0, with seeds 0 and 1 after 750 steps, with seed 2 after 1,500 (after 750 it
+had not yet learned to read in order). In 64 slots at most 0.013 % of the bits of 30, 40, 50 or 60 vectors
+were wrong. Beside seed 0 an LSTM of equal size got 78.4 % of the bits right after 7,500 steps; chance is
+50 %. ``--evaluate RUN --slots 64 --length 40`` scores a run elsewhere.
 """
 
 import sys

@@ -2,10 +2,10 @@
 
 ``python -m recipes.dnc_graph``
 
-By default the graphs are so small that they need no external memory: up to 4 nodes, an edge each, one step.
-There the computer found 96.8 % of the targets after 2,000 steps and an LSTM of equal size 99.95 % after 4,000;
-chance is 16.7 %. Larger ones (``--length 6 --names 8 --walk 3 --slots 16``) take far longer: 38 % of the targets
-after 800 steps, where chance is 12.5 %.
+By default the graphs are so small that they need no external memory: up to 4 nodes, an edge each, one
+step. There the computer found 96.8 % of the targets after 2,000 steps and an LSTM of equal size 99.95 %
+after 4,000; chance is 16.7 %. Larger ones (``--length 6 --names 8 --walk 3 --slots 16``) take far longer:
+38 % of the targets after 800 steps, where chance is 12.5 %.
 """
 
 import sys
