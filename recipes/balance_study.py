@@ -13,15 +13,15 @@ is finished.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from graphmoe.train.config import RUN_ONLY, exit_code, flag, parse
+from graphmoe.train.config import exit_code, flag, parse
 from recipes import comparison
 from recipes.language_model_config import LanguageModelConfig, with_default
-from recipes.study_flags import StudyFlags, some_of
+from recipes.study_flags import StudyFlags, shared, some_of
 
 REFERENCE = "aux"
 """The arm that the others are compared with."""
@@ -63,9 +63,8 @@ class BalanceConfig(StudyFlags, LanguageModelConfig):
 
 def arms_of(config: BalanceConfig) -> dict[str, LanguageModelConfig]:
     """The config of each chosen arm; all have the same parameters."""
-    names = {f.name for f in fields(LanguageModelConfig)} - set(RUN_ONLY)
-    shared = LanguageModelConfig(**{name: getattr(config, name) for name in names})
-    return {name: replace(shared, **ARMS[name]) for name in config.arms}
+    common = shared(config, LanguageModelConfig)
+    return {name: replace(common, **ARMS[name]) for name in config.arms}
 
 
 def run(argv: Sequence[str] | None) -> None:

@@ -17,16 +17,16 @@ Three and a half minutes on one core with the defaults. Measured, three seeds, 3
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from graphmoe.train.config import RUN_ONLY, exit_code, parse
+from graphmoe.train.config import exit_code, parse
 from recipes import comparison
 from recipes.classification import TASK
 from recipes.classification_config import ClassifierConfig, EncodedText
-from recipes.study_flags import RATES, StudyFlags, some_of
+from recipes.study_flags import RATES, StudyFlags, shared, some_of
 
 HEADLINE, REFERENCE, MATCHED = "expert_choice", "dense", "token_choice"
 """The arm that the recipe is about, the one that the others are compared with, and the one whose cost all
@@ -55,9 +55,8 @@ class ExpertChoiceClassifyConfig(StudyFlags, ClassifierConfig):
 
 def matched_arms(config: ExpertChoiceClassifyConfig, texts: EncodedText) -> dict[str, ClassifierConfig]:
     """The config of each chosen arm, its experts as wide as its cost has to be."""
-    names = {f.name for f in fields(ClassifierConfig)} - set(RUN_ONLY)
-    shared = ClassifierConfig(**{name: getattr(config, name) for name in names})
-    arms = {name: replace(shared, **ARMS[name]) for name in dict.fromkeys((*config.arms, MATCHED))}
+    common = shared(config, ClassifierConfig)
+    arms = {name: replace(common, **ARMS[name]) for name in dict.fromkeys((*config.arms, MATCHED))}
     arms = comparison.match_cost(arms, MATCHED, texts, equal="flops", task=TASK)
     return {name: arms[name] for name in config.arms}
 

@@ -19,16 +19,16 @@ collaboration makes the model worse, see the README.
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
 from graphmoe.data import Corpus
-from graphmoe.train.config import RUN_ONLY, exit_code, flag, parse
+from graphmoe.train.config import exit_code, flag, parse
 from recipes import comparison
 from recipes.moc_lm import MocConfig
-from recipes.study_flags import StudyFlags
+from recipes.study_flags import StudyFlags, shared
 
 DEFAULT, REFERENCE, SAME_FLOPS = "moc", "moe", "moe_flops"
 """The arm that sets the active parameters, the one that the others are compared with, and that arm again
@@ -108,9 +108,7 @@ def grid(config: AblateConfig) -> dict[str, Mapping[str, Any]]:
 
 def matched_arms(config: AblateConfig, corpus: Corpus) -> dict[str, MocConfig]:
     """The config of each chosen arm, its experts as wide as its cost has to be."""
-    own = {*RUN_ONLY, "decode_rounds", "decode_steps"}
-    shared = {f.name: getattr(config, f.name) for f in fields(MocConfig) if f.name not in own}
-    default = MocConfig(**shared)
+    default = shared(config, MocConfig, less=("decode_rounds", "decode_steps"))
     arms = {DEFAULT: default}
     chosen = config.arms or [DEFAULT, *changes_of(config)]
     arms |= {

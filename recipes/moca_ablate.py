@@ -12,17 +12,18 @@ shows what is finished.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
 from graphmoe.data.copy_task import CopyTask
-from graphmoe.train.config import RUN_ONLY, exit_code, flag, parse
+from graphmoe.train.config import exit_code, flag, parse
 from recipes import comparison
 from recipes.frame import train
 from recipes.moca_config import MocaCopyConfig
 from recipes.moca_copy import MocaCopyJob
+from recipes.study_flags import StudyFlags, shared
 
 FULL = "full"
 PARTS = ("no_memory", "no_experts", "dense_routing", "half_size")
@@ -30,7 +31,7 @@ PARTS = ("no_memory", "no_experts", "dense_routing", "half_size")
 
 
 @dataclass(kw_only=True)
-class MocaAblateConfig(MocaCopyConfig):
+class MocaAblateConfig(StudyFlags, MocaCopyConfig):
     """What all arms share, and the settings that they vary."""
 
     max_steps: int = flag(400, "optimiser steps to train each network for")
@@ -43,7 +44,6 @@ class MocaAblateConfig(MocaCopyConfig):
     test_sequences: int = flag(500, "fresh sequences scored at the end")
     baseline_steps: int = flag(0, "no_memory is an arm here")
     keep_checkpoints: int = flag(1, "newest checkpoints to keep of each run")
-    num_seeds: int = flag(3, "seeds of each arm, from --seed on")
     budgets: list[float] = field(
         default_factory=lambda: [0.0, 0.5, 5.0],
         metadata={"help": "weights of the budget loss beside that of full, --budget_coef"},
@@ -55,7 +55,6 @@ class MocaAblateConfig(MocaCopyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require("num_seeds", self.num_seeds >= 1, "a number >= 1")
         self.require("num_slots", self.num_slots >= 2, "a number >= 2: no_memory has none by itself")
         self.require("num_experts", self.num_experts >= 2, "a number >= 2: no_experts has one by itself")
         self.require("baseline_steps", self.baseline_steps == 0, "0: no_memory is an arm")
@@ -63,9 +62,7 @@ class MocaAblateConfig(MocaCopyConfig):
         self.require("budgets", distinct and min(self.budgets, default=0) >= 0, "different numbers >= 0")
         self.require("learning_rates", len(self.learning_rates) == 1, "a single number")
         if self.arms is not None:
-            known = list(changes_of(self))
-            fits = set(self.arms) <= set(known) and len(set(self.arms)) == len(self.arms) > 0
-            self.require("arms", fits, f"different ones of {', '.join(known)}")
+            self.require_some_of("arms", changes_of(self))
 
 
 def changes_of(config: MocaAblateConfig) -> dict[str, Mapping[str, Any]]:
@@ -83,10 +80,9 @@ def changes_of(config: MocaAblateConfig) -> dict[str, Mapping[str, Any]]:
 
 def arms_of(config: MocaAblateConfig) -> dict[str, MocaCopyConfig]:
     """The config of each chosen arm."""
-    names = {f.name for f in fields(MocaCopyConfig)} - set(RUN_ONLY)
-    shared = MocaCopyConfig(**{name: getattr(config, name) for name in names})
+    common = shared(config, MocaCopyConfig)
     changes = changes_of(config)
-    return {name: replace(shared, **changes[name]) for name in config.arms or changes}
+    return {name: replace(common, **changes[name]) for name in config.arms or changes}
 
 
 def train_arm(config: MocaCopyConfig, recipe: str, task: CopyTask) -> dict:

@@ -14,8 +14,6 @@ and keep 57 % of the edges; 64 slots, chosen by position in half the steps, 98.6
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ from graphmoe.errors import ConfigError
 from graphmoe.models import MocaForTokenPrediction, load
 from graphmoe.train.budget import BudgetRamp
 from graphmoe.train.loop import Callback, TrainState
-from recipes.frame import Job, train
+from recipes.frame import Job
 from recipes.frame import main as run
 from recipes.moca_config import MocaCopyConfig
 from recipes.moca_scores import by_length, distinct_slots, figures, least_distance, one_sequence, recall
@@ -72,12 +70,8 @@ class MocaCopyJob(Job):
         config = self.config
         if not config.num_slots or not config.baseline_steps:
             return {}
-        folder = Path(config.out_dir) / config.run_name
-        begun = (folder / BASELINE / "config.yaml").is_file()
-        place = {"out_dir": str(folder), "run_name": BASELINE, "resume": begun, "overwrite": False}
         steps = min(config.baseline_steps, config.max_steps)
-        plain = replace(config, num_slots=0, budget_coef=0.0, max_steps=steps, **place)
-        return train(MocaCopyJob, plain, self.recipe, pictures=False)
+        return self.train_beside(BASELINE, num_slots=0, budget_coef=0.0, max_steps=steps)
 
     def final_records(self, state: TrainState) -> dict[str, Tensor]:
         self.scores = recall(self.model, self.test, self.config.test_sequences)

@@ -12,16 +12,16 @@ is finished.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 from transformers.utils import logging as transformers_logging
 
-from graphmoe.train.config import RUN_ONLY, exit_code, parse
+from graphmoe.train.config import exit_code, parse
 from recipes import comparison
 from recipes.frame import train
 from recipes.set_config import Images, SetConfig, build_model, read_images
 from recipes.set_mnist import REFERENCES, SetJob
-from recipes.study_flags import RATES, StudyFlags, some_of
+from recipes.study_flags import RATES, StudyFlags, shared, some_of
 
 HEADLINE, REFERENCE = "set", "static"
 """The arm that the recipe is about, and the one that the others are compared with."""
@@ -60,9 +60,8 @@ class SetStudyConfig(StudyFlags, SetConfig):
 
 def arms_of(config: SetStudyConfig) -> dict[str, SetConfig]:
     """The config of each chosen arm."""
-    names = {f.name for f in fields(SetConfig)} - set(RUN_ONLY)
-    shared = SetConfig(**{name: getattr(config, name) for name in names})
-    return {name: replace(shared, topology=name) for name in config.arms}
+    common = shared(config, SetConfig)
+    return {name: replace(common, topology=name) for name in config.arms}
 
 
 def run(argv: Sequence[str] | None) -> None:

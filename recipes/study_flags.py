@@ -1,9 +1,12 @@
 """The flags of a comparison of several models."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
-from graphmoe.train.config import flag
+from graphmoe.train.config import RUN_ONLY, RunConfig, flag
+
+T = TypeVar("T", bound=RunConfig)
 
 RATES = {"help": "learning rates that each arm chooses from on the first seed"}
 """Metadata of a field of learning rates."""
@@ -12,6 +15,18 @@ RATES = {"help": "learning rates that each arm chooses from on the first seed"}
 def some_of(names: Iterable[str]) -> dict[str, str]:
     """Metadata of a field that lists some of ``names``."""
     return {"help": f"some of {', '.join(names)}"}
+
+
+def shared(config: RunConfig, config_class: type[T], *, less: Collection[str] = ()) -> T:
+    """What all models of a comparison have in common.
+
+    Args:
+        config: The flags of the comparison.
+        config_class: The config of a model, whose fields the comparison has, too.
+        less: Fields that keep their default.
+    """
+    names = {f.name for f in fields(config_class)} - {*RUN_ONLY, *less}
+    return config_class(**{name: getattr(config, name) for name in names})
 
 
 @dataclass(kw_only=True)
