@@ -2,8 +2,9 @@
 
 ``python -m recipes.dnc_recall``
 
-Items of 3 vectors of 6 bits, up to 6 of them. A schedule of 1,500 steps ended at 95.0 % of the bits (90.2
-% of those with 6 items), where chance is 50 %; the default is twice as long.
+Items of 3 vectors of 6 bits, up to 6 of them. With seed 0 99.25 % of the bits of two sets of sequences
+were right, and 98.5 % of those with 6 items; chance is 50 %. After a schedule of 1,500 steps it was 95.0
+% and 90.2 %.
 """
 
 import sys
