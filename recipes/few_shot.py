@@ -11,8 +11,6 @@ characters that are scored: the weights after the last step count.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -23,7 +21,7 @@ from graphmoe.models.memory_transformer import FewShotModel
 from graphmoe.train.loop import TrainState
 from recipes.few_shot_config import FewShotConfig, read_characters
 from recipes.few_shot_scores import chance, embed, episode_records, reading, score, spread
-from recipes.frame import Job, train
+from recipes.frame import Job
 from recipes.frame import main as run
 from recipes.reporting import say
 
@@ -71,11 +69,8 @@ class FewShotJob(Job):
         """The baseline's result, which all processes train for."""
         if self.config.model == PROTOTYPES or not self.config.compare:
             return {}
-        folder = Path(self.config.out_dir) / self.config.run_name
-        begun = (folder / PROTOTYPES / "config.yaml").is_file()
-        place = {"out_dir": str(folder), "run_name": PROTOTYPES, "resume": begun, "overwrite": False}
-        config = replace(self.config, model=PROTOTYPES, **place)
-        return train(FewShotJob, config, self.recipe, pictures=False, characters=(self.train, self.test))
+        data = {"characters": (self.train, self.test)}
+        return self.train_beside(PROTOTYPES, data=data, model=PROTOTYPES)
 
     def final_records(self, state: TrainState) -> dict[str, Tensor]:
         if not isinstance(self.model, MemoryTransformer):

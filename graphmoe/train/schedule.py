@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from graphmoe.train.config import RunConfig
 
 
+DECAY = 0.4
+"""Share of the steps at the end in which ``warmup_stable_decay`` lowers the rate, on a line."""
+
+
 def lr_schedule(config: "RunConfig") -> Callable[[int], float]:
     """Build the learning-rate schedule of a run, one of transformers' that needs the step alone.
 
@@ -45,9 +49,13 @@ def _build(name: str, config: "RunConfig") -> Callable[[int], float] | None:
     from transformers import get_scheduler
 
     stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
-    floor = {"min_lr_rate": config.min_lr_ratio} if "min_lr" in name else {}
+    own = {"min_lr_rate": config.min_lr_ratio} if "min_lr" in name else {}
+    if name == "warmup_stable_decay":
+        steps = max(1, round(DECAY * config.max_steps))
+        steps = min(steps, max(0, config.max_steps - config.warmup_steps))
+        own = {"num_decay_steps": steps, "decay_type": "linear", "min_lr_ratio": config.min_lr_ratio}
     try:
-        scheduler = get_scheduler(name, stand_in, config.warmup_steps, config.max_steps, floor)
+        scheduler = get_scheduler(name, stand_in, config.warmup_steps, config.max_steps, own)
     except Exception:  # each schedule objects in its own way to what it lacks
         return None
     return scheduler.lr_lambdas[0] if type(scheduler) is torch.optim.lr_scheduler.LambdaLR else None

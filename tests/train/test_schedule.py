@@ -17,9 +17,10 @@ USABLE = (
     "inverse_sqrt",
     "cosine_with_min_lr",
     "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
 )
-# One watches the loss, one is a search, one needs the lengths of its phases.
-UNUSABLE = {"reduce_lr_on_plateau", "greedy", "warmup_stable_decay"}
+# One watches the loss, one is a search.
+UNUSABLE = {"reduce_lr_on_plateau", "greedy"}
 
 
 def config(name, **values):
@@ -38,6 +39,15 @@ def test_usable_schedules(name):
 @pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
 def test_min_lr_ratio_is_the_last_factor(floor):
     assert lr_schedule(config("cosine_with_min_lr", min_lr_ratio=floor))(20) == pytest.approx(floor)
+
+
+def test_the_last_part_of_warmup_stable_decay_is_a_line():
+    schedule = lr_schedule(config("warmup_stable_decay", min_lr_ratio=0.1))
+    factors = [schedule(step) for step in range(21)]
+    assert factors[5:13] == [1.0] * 8 and factors[20] == pytest.approx(0.1)
+    assert factors[16] == pytest.approx(0.55) and factors[4] < 1
+    short = lr_schedule(config("warmup_stable_decay", max_steps=2))  # ends before it has warmed up
+    assert 0 <= short(0) < short(1) < 0.5
 
 
 @pytest.mark.parametrize("name", sorted(UNUSABLE & {kind.value for kind in SchedulerType}))
