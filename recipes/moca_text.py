@@ -6,6 +6,11 @@ Words go through a memory that lasts one text, and through experts; both are rou
 What they found is pooled, and the hashed n-grams of the text vote beside it. The test part is scored once,
 after the last step; TF-IDF with logistic regression, the same model without memory and experts, the most
 frequent class and chance stand beside it.
+
+About a minute on one core, for either. Measured: 345 docstrings, one seed, 0.861, without memory and experts
+0.849, TF-IDF 0.812, most frequent class 0.432; 690 sentences of SST-2, two seeds, 0.804 and 0.809, without
+memory and experts (one seed) 0.804, TF-IDF 0.788. What memory and experts add is within the standard error,
+0.019 and 0.015: the n-grams do most of it. Claimed elsewhere: at least 0.80 in five minutes.
 """
 
 import math

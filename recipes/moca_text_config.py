@@ -15,7 +15,7 @@ from recipes.text_baselines import tfidf
 class MocaClassifierConfig(RunConfig):
     """Flags of the classifier; ``--num_slots 0 --num_experts 1`` is one without memory and experts."""
 
-    max_steps: int = flag(700, "optimiser steps to train for")
+    max_steps: int | None = flag(None, "optimiser steps to train for; 700, for docstrings 200")
     batch_size: int = flag(50, "texts in a batch")
     learning_rate: float = flag(1e-3, "peak learning rate")
     warmup_steps: int = flag(20, "optimiser steps until the peak learning rate")
@@ -53,9 +53,12 @@ class MocaClassifierConfig(RunConfig):
     compare: bool = flag(True, "train the model without memory and experts, too")
 
     def __post_init__(self):
-        super().__post_init__()
+        small = self.dataset == DOCSTRINGS
+        if self.max_steps is None:
+            self.max_steps = 200 if small else 700
         if self.test is None:
-            self.test = 0.2 if self.dataset == DOCSTRINGS else 0.1
+            self.test = 0.2 if small else 0.1
+        super().__post_init__()
         for name in ("dropout", "token_dropout", "label_smoothing"):
             self.require(name, 0 <= getattr(self, name) < 1, "a number >= 0 and < 1")
         for name in ("vocab_size", "seq_len", "embed_dim", "num_layers", "num_experts", "expert_dim"):
