@@ -16,8 +16,6 @@ memory and experts (one seed) 0.804, TF-IDF 0.788. What memory and experts add i
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +28,7 @@ from graphmoe.models import MocaForSequenceClassification, load
 from graphmoe.train.budget import BudgetRamp
 from graphmoe.train.evaluate import evaluating
 from graphmoe.train.loop import Callback, TrainState
-from recipes.frame import Job, train
+from recipes.frame import Job
 from recipes.frame import main as run
 from recipes.moca_text_config import HashedTexts, MocaClassifierConfig, read_texts
 from recipes.reporting import say, speed
@@ -76,17 +74,7 @@ class MocaTextJob(Job):
         """The result of the model without memory and experts, which all processes train."""
         if not (self.config.compare and self.config.routed):
             return {}
-        folder = Path(self.config.out_dir) / self.config.run_name
-        begun = (folder / PLAIN / "config.yaml").is_file()
-        place = {"out_dir": str(folder), "run_name": PLAIN, "resume": begun, "overwrite": False}
-        config = replace(self.config, num_slots=0, num_experts=1, **place)
-        return train(MocaTextJob, config, self.recipe, pictures=False, texts=self.texts)
-
-    def final_records(self, state: TrainState) -> dict[str, Tensor]:
-        if not self.config.routed:
-            return {}
-        load, self.edges = edges(self.model, self.validation.sequential(EVAL_BATCH))
-        return {} if load is None else {"final_memory_load": load}
+        return self.train_beside(PLAIN, data={"texts": self.texts}, num_slots=0, num_experts=1)
 
     def conclude(self, state: TrainState) -> dict:
         result = scores(self.model, self.texts) | ({"edges": self.edges} if self.config.routed else {})
