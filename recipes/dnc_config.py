@@ -26,7 +26,7 @@ class SequenceConfig(RunConfig):
     adam_beta2: float = flag(0.999, "decay of AdamW's mean of squared gradients", aliases=["--beta2"])
     min_lr_ratio: float = flag(0.05, "last learning rate as a fraction of the peak")
     lr_scheduler_type: str = flag(
-        "cosine_with_min_lr", "learning-rate schedule, a name that transformers knows"
+        "warmup_stable_decay", "learning-rate schedule, a name that transformers knows"
     )
     max_grad_norm: float = flag(
         10.0, "largest norm of all gradients together; inf does not clip", aliases=["--grad_clip"]

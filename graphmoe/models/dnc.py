@@ -1,7 +1,9 @@
 """A differentiable neural computer as a true transformers model."""
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers import initialization as init
 
 from graphmoe.errors import ConfigError
 from graphmoe.models.sequence_prediction import SequencePredictionModel, SequencePredictionOutput
@@ -47,7 +49,9 @@ class DNCForSequencePrediction(SequencePredictionModel):
         y_t = W_y h_t + W_r r_t + b
 
     of the outputs ``h`` and reads ``r`` of a :class:`~graphmoe.nn.memory.DNCCell`. Every sample starts with
-    an empty memory of its own, unless the state of an earlier part is passed.
+    an empty memory of its own, unless the state of an earlier part is passed. ``W_y`` starts at 0, so that
+    nothing is answered but what was read: a controller that may answer by itself first learns to do without
+    its memory, and stays there for long.
 
     Args:
         config: Sizes.
@@ -66,6 +70,16 @@ class DNCForSequencePrediction(SequencePredictionModel):
         self.cell = DNCCell(config.input_size, config.hidden_size, config.num_read_heads, config.slot_size)
         self.output = nn.Linear(self.cell.out_channels, config.output_size)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.output:
+            reads = module.in_features - self.config.hidden_size
+            weight = torch.zeros_like(module.weight)
+            bound = 2 * reads**-0.5
+            init.uniform_(weight[:, :reads], -bound, bound)
+            init.copy_(module.weight, weight)
 
     def forward(
         self,
