@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from graphmoe.data.algorithmic import CopyTask
 from graphmoe.train.config import flag
-from recipes.dnc_config import SequenceConfig, with_default
+from recipes.dnc_config import SequenceConfig
 from recipes.frame import main as run
 from recipes.sequence_task import SequenceJob
 
@@ -24,8 +24,6 @@ from recipes.sequence_task import SequenceJob
 class CopyConfig(SequenceConfig):
     """Flags of the copy task."""
 
-    max_steps: int = with_default("max_steps", 1500)
-    baseline_steps: int = with_default("baseline_steps", 15_000)
     bits: int = flag(8, "bits of a vector")
     more_lengths: list[int] = field(
         default_factory=lambda: [30, 40, 50, 60],

@@ -2,10 +2,11 @@
 
 ``python -m recipes.dnc_graph``
 
-By default the graphs are so small that they need no external memory: up to 4 nodes, an edge each, one
-step. There the computer found 96.8 % of the targets after 2,000 steps and an LSTM of equal size 99.95 %
-after 4,000; chance is 16.7 %. Larger ones (``--length 6 --names 8 --walk 3 --slots 16``) take far longer:
-38 % of the targets after 800 steps, where chance is 12.5 %.
+Up to 8 nodes with random names of 12, one edge each, and walks of 3 steps of which only the first node is
+told: each further step needs what was read in the one before. With seed 0 99.97 % of the steps of walks were
+right after 2,000 training steps, and all in graphs of 8 nodes; of an LSTM of equal size after 10,000 steps
+66.3 %, and 37.0 % in graphs of 8 nodes. Chance is 8.3 %. Graphs with two edges a node (``--labels 2 --length
+6 --slot_size 32``) were not learned in 800 steps.
 """
 
 import sys
@@ -25,13 +26,13 @@ class GraphConfig(SequenceConfig):
 
     max_steps: int = with_default("max_steps", 2000)
     batch_size: int = with_default("batch_size", 32)
-    length: int = with_default("length", 4)
+    length: int = with_default("length", 8)
     curriculum_start: int = with_default("curriculum_start", 2)
-    slots: int = with_default("slots", 8)
-    slot_size: int = with_default("slot_size", 24)
-    names: int = flag(6, "names that nodes can have")
+    slots: int = with_default("slots", 16)
+    slot_size: int = with_default("slot_size", 32)
+    names: int = flag(12, "names that nodes can have")
     labels: int = flag(1, "labels of edges; every node has one edge of each")
-    walk: int = flag(1, "steps of a walk")
+    walk: int = flag(3, "steps of a walk")
 
     def task(self) -> TraversalTask:
         return TraversalTask(self.names, self.labels, self.length, self.walk)

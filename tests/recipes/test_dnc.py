@@ -95,7 +95,7 @@ def test_other_tasks(recipe, tmp_path, capsys):
     assert run(recipe, *TASKS[recipe], "--out_dir", tmp_path, "--max_steps=2", "--baseline_steps=2") == 0
     result = json.loads((tmp_path / recipe / "result.json").read_text())
     assert ("errors" in result["metrics"]) == (recipe == "dnc_graph")
-    assert result["chance"]["accuracy"] == (1 / 6 if recipe == "dnc_graph" else 0.5)
+    assert result["chance"]["accuracy"] == (1 / 12 if recipe == "dnc_graph" else 0.5)
     said = capsys.readouterr().out
     assert "LSTM of equal size" in said and "chance: " in said
 
@@ -110,7 +110,7 @@ def test_other_tasks(recipe, tmp_path, capsys):
         ("dnc_copy", ["--parallel=fsdp"], "--parallel: "),
         ("dnc_recall", ["--length=11"], "--length: 33 vectors"),
         ("dnc_repeat_copy", ["--repeats=0"], "--repeats: "),
-        ("dnc_graph", ["--length=9"], "--names: "),
+        ("dnc_graph", ["--length=13"], "--names: "),
         ("dnc_graph", ["--curriculum_steps=-1"], "--curriculum_steps: "),
     ],
 )
