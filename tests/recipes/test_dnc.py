@@ -61,7 +61,6 @@ def _no_pictures(monkeypatch):
     monkeypatch.setattr("recipes.frame.visualize", lambda *args, **kwargs: None)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("_no_pictures")
 def test_resumed_is_uninterrupted(tmp_path):
     flags = [*TASKS["dnc_copy"], "--out_dir", tmp_path, "--baseline_steps=0"]
@@ -83,14 +82,7 @@ def test_evaluate_with_other_slots_and_lengths(copied, capsys):
 
 
 @pytest.mark.usefixtures("_no_pictures")
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        pytest.param("dnc_repeat_copy", marks=pytest.mark.slow),
-        pytest.param("dnc_recall", marks=pytest.mark.slow),
-        "dnc_graph",
-    ],
-)
+@pytest.mark.parametrize("recipe", ["dnc_repeat_copy", "dnc_recall", "dnc_graph"])
 def test_other_tasks(recipe, tmp_path, capsys):
     assert run(recipe, *TASKS[recipe], "--out_dir", tmp_path, "--max_steps=2", "--baseline_steps=2") == 0
     result = json.loads((tmp_path / recipe / "result.json").read_text())
