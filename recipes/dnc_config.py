@@ -21,6 +21,7 @@ class SequenceConfig(RunConfig):
     """Flags that all tasks share; a recipe overrides defaults and says what its task is."""
 
     max_steps: int = flag(1000, "optimiser steps to train for")
+    batch_size: int = flag(32, "sequences in a batch, in all processes together")
     learning_rate: float = flag(1e-2, "peak learning rate")
     weight_decay: float = flag(0.0, "decoupled weight decay, a step and unit of learning rate")
     adam_beta2: float = flag(0.999, "decay of AdamW's mean of squared gradients", aliases=["--beta2"])

@@ -25,7 +25,6 @@ class GraphConfig(SequenceConfig):
     """Flags of the traversal task."""
 
     max_steps: int = with_default("max_steps", 2000)
-    batch_size: int = with_default("batch_size", 32)
     length: int = with_default("length", 8)
     curriculum_start: int = with_default("curriculum_start", 2)
     slots: int = with_default("slots", 16)

@@ -23,6 +23,7 @@ class RecallConfig(SequenceConfig):
     """Flags of the recall task."""
 
     max_steps: int = with_default("max_steps", 3000)
+    heads: int = with_default("heads", 2)
     length: int = with_default("length", 6)
     curriculum_start: int = with_default("curriculum_start", 2)
     curriculum_steps: int = with_default("curriculum_steps", 600)
