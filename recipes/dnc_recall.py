@@ -2,9 +2,9 @@
 
 ``python -m recipes.dnc_recall``
 
-Items of 3 vectors of 6 bits, up to 6 of them. With seed 0 99.25 % of the bits of two sets of sequences
-were right, and 98.5 % of those with 6 items; chance is 50 %. After a schedule of 1,500 steps it was 95.0
-% and 90.2 %.
+Items of 3 vectors of 6 bits, up to 6 of them, two read heads. With seed 0 99.58 % of the bits of two sets of
+sequences were right after 3,000 steps, and 98.83 % of those with 6 items; of an LSTM of equal size after
+10,000 steps 89.5 % and 73.8 %. Chance is 50 %.
 """
 
 import sys
