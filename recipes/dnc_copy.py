@@ -2,12 +2,13 @@
 
 ``python -m recipes.dnc_copy``
 
-8 random bits a vector, up to 20 vectors, one read head, 32 slots of 16 channels, 1,000 steps. Wrong bits of the
-84,000 of each of two sets: 0 and 0 with seeds 0, 1 and 2, 3 and 0 with seed 3, 1 and 0 with seed 4; on 200
-sequences watched during training the first count of 0 was after 300 or 400 steps. Wrong were bits beside
+8 random bits a vector, up to 20 vectors, one read head, 32 slots of 16 channels, 1,000 steps. Wrong bits of
+the 84,000 of each of two sets: 0 and 0 with seeds 0, 1 and 2, 3 and 0 with seed 3, 1 and 0 with seed 4; on
+200 sequences watched during training the first count of 0 was after 300 or 400 steps. Wrong were bits beside
 vectors without a 1, which are rare and look like the steps in which an answer is due. In 64 slots at most
-0.005 % of the bits of 30, 40, 50 or 60 vectors were wrong. With seed 0 an LSTM of equal size got 78.2 % of the
-bits right after 10,000 steps; chance is 50 %. ``--evaluate RUN --slots 64 --length 40`` scores a run elsewhere.
+0.005 % of the bits of 30, 40, 50 or 60 vectors were wrong. With seed 0 an LSTM of equal size got 78.2 % of
+the bits right after 10,000 steps; chance is 50 %. ``--evaluate RUN --slots 64 --length 40`` scores a run
+elsewhere.
 """
 
 import sys
