@@ -34,7 +34,7 @@ PARTS = ("no_memory", "no_experts", "dense_routing", "half_size")
 class MocaAblateConfig(StudyFlags, MocaCopyConfig):
     """What all arms share, and the settings that they vary."""
 
-    max_steps: int = flag(400, "optimiser steps to train each network for")
+    max_steps: int = flag(500, "optimiser steps to train each network for")
     num_tokens: int = flag(62, "different tokens of a sequence")
     min_length: int = flag(4, "tokens of the shortest sequence")
     max_length: int = flag(20, "tokens of the longest sequence")
@@ -50,7 +50,7 @@ class MocaAblateConfig(StudyFlags, MocaCopyConfig):
     )
     arms: list[str] | None = field(default=None, metadata={"help": "some of the arms; all without it"})
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-3], metadata={"help": "the learning rate of all arms, a single one"}
+        default_factory=lambda: [2e-3], metadata={"help": "the learning rate of all arms, a single one"}
     )
 
     def __post_init__(self):

@@ -12,9 +12,9 @@ from graphmoe.train.config import RunConfig, flag
 class MocaCopyConfig(RunConfig):
     """Flags of the copy task; ``--num_slots 0`` is the network without a memory."""
 
-    max_steps: int = flag(600, "optimiser steps to train for")
+    max_steps: int = flag(900, "optimiser steps to train for")
     batch_size: int = flag(32, "sequences in a batch")
-    learning_rate: float = flag(3e-3, "peak learning rate")
+    learning_rate: float = flag(2e-3, "peak learning rate")
     lr_scheduler_type: str = flag("cosine_with_min_lr", "learning-rate schedule, a name transformers knows")
     min_lr_ratio: float = flag(0.05, "last learning rate as a fraction of the peak")
     weight_decay: float = flag(0.0, "decoupled weight decay, a step and unit of learning rate")
@@ -36,13 +36,11 @@ class MocaCopyConfig(RunConfig):
     read_dependent_gate: bool = flag(False, "let the gate of writing see what was read; several times slower")
     temperature: float = flag(1.0, "divides the scores of all routers")
     router_aux_loss_coef: float = flag(0.01, "weight of the load-balancing loss of experts")
-    collision_coef: float | None = flag(
-        None, "weight of tokens that meet in a slot; default 0.1, with fewer slots than tokens 0.02"
-    )
+    collision_coef: float = flag(0.1, "weight of the loss of tokens that meet in a slot")
     budget_coef: float = flag(0.05, "weight of the budget loss; 0: no budgets")
     budget_limit: float = flag(0.3, "fraction of its edges up to which a token pays nothing")
-    budget_begin: float = flag(0.5, "fraction of the run after which the budget loss begins to count")
-    budget_end: float = flag(0.8, "fraction of the run after which it counts fully")
+    budget_begin: float = flag(0.6, "fraction of the run after which the budget loss begins to count")
+    budget_end: float = flag(0.85, "fraction of the run after which it counts fully")
     edge_floor: float = flag(0.05, "edges whose weight times the budget is below are left out")
     eval_every: int = flag(100, "optimiser steps between evaluations")
     eval_sequences: int = flag(128, "fresh sequences scored while training")
@@ -74,9 +72,6 @@ class MocaCopyConfig(RunConfig):
 
     def architecture(self) -> MocaConfig:
         """The config of the model."""
-        collision = self.collision_coef
-        if collision is None:
-            collision = 0.1 if self.num_slots >= self.max_length else 0.02
         routed = self.num_slots > 0 or self.num_experts > 1
         task = self.task("train")
         return MocaConfig(
@@ -98,6 +93,6 @@ class MocaCopyConfig(RunConfig):
             budget_coef=self.budget_coef if routed else 0.0,
             budget_limit=self.budget_limit,
             edge_floor=self.edge_floor,
-            collision_coef=collision if self.num_slots else 0.0,
+            collision_coef=self.collision_coef if self.num_slots else 0.0,
             router_aux_loss_coef=self.router_aux_loss_coef,
         )

@@ -76,6 +76,12 @@ class MocaTextJob(Job):
             return {}
         return self.train_beside(PLAIN, data={"texts": self.texts}, num_slots=0, num_experts=1)
 
+    def final_records(self, state: TrainState) -> dict[str, Tensor]:
+        if not self.config.routed:
+            return {}
+        load, self.edges = edges(self.model, self.validation.sequential(EVAL_BATCH))
+        return {} if load is None else {"final_memory_load": load}
+
     def conclude(self, state: TrainState) -> dict:
         result = scores(self.model, self.texts) | ({"edges": self.edges} if self.config.routed else {})
         result["metrics"]["tokens_per_second"] = speed(state.run_dir)
