@@ -2,9 +2,10 @@
 
 ``python -m recipes.dnc_repeat_copy``
 
-6 random bits a vector, up to 6 vectors, up to 3 times over, then the mark of the end. With seed 0 99.90 % of
-the bits of two sets of sequences were right after 1,000 steps, and 96.0 % of the sequences; of an LSTM of
-equal size after 10,000 steps 98.7 % and 84.0 %. Chance is 50 % of the bits.
+6 random bits a vector, up to 6 vectors, up to 3 times over, then the mark of the end. Wrong bits of two sets
+of sequences after 2,000 steps: 0 of 112,224 with seed 0, 3 of 105,210 with seed 1. An LSTM of equal size got
+98.7 % of the bits and 84.0 % of the sequences of seed 0 right after 10,000 steps; chance is 50 % of the bits.
+How soon it is learned depends on the seed: with batches of 32 and seed 0, 88.7 % were right after 1,000 steps.
 """
 
 import sys
@@ -22,6 +23,8 @@ from recipes.sequence_task import SequenceJob
 class RepeatCopyConfig(SequenceConfig):
     """Flags of the repeat copy task."""
 
+    max_steps: int = with_default("max_steps", 2000)
+    batch_size: int = with_default("batch_size", 16)
     length: int = with_default("length", 6)
     curriculum_start: int = with_default("curriculum_start", 2)
     slots: int = with_default("slots", 16)
