@@ -1,8 +1,8 @@
 """The flags of every recipe that trains a differentiable neural computer, its models and its tasks."""
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 from transformers import PreTrainedModel
 
@@ -11,6 +11,7 @@ from graphmoe.errors import ConfigError
 from graphmoe.models import DNCConfig, DNCForSequencePrediction, LSTMForSequencePrediction
 from graphmoe.models.lstm import lstm_of_size
 from graphmoe.train.config import RunConfig, flag
+from graphmoe.train.config import with_default as any_with_default
 
 BASELINE = "lstm"
 """Model of the baseline, and the folder of its run inside that of the computer."""
@@ -107,7 +108,5 @@ class SequenceConfig(RunConfig):
         return LSTMForSequencePrediction(lstm_of_size(task.input_size, task.output_size, size))
 
 
-def with_default(name: str, default: Any) -> Any:
-    """A flag of :class:`SequenceConfig` with another default."""
-    known = next(f for f in dataclasses.fields(SequenceConfig) if f.name == name)
-    return field(default=default, metadata=dict(known.metadata))
+with_default = partial(any_with_default, SequenceConfig)
+"""The flag of this name with another default."""

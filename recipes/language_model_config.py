@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from graphmoe.data import Corpus
@@ -10,6 +11,7 @@ from graphmoe.errors import ConfigError
 from graphmoe.models import GraphMoEConfig, GraphMoEForCausalLM
 from graphmoe.models.pretrained import GraphMoEPreTrainedModel
 from graphmoe.train.config import RunConfig, flag
+from graphmoe.train.config import with_default as any_with_default
 from graphmoe.train.loop import reseed
 from recipes.collaboration_config import CollaborationConfig
 
@@ -152,10 +154,8 @@ class LanguageModelConfig(CollaborationConfig):
             self.hyperedge_strategy = "custom"
 
 
-def with_default(name: str, value: Any) -> Any:
-    """The flag ``name`` of :class:`LanguageModelConfig` with another default, its aliases included."""
-    metadata = LanguageModelConfig.__dataclass_fields__[name].metadata
-    return dataclasses.field(default=value, metadata=metadata)
+with_default = partial(any_with_default, LanguageModelConfig)
+"""The flag of this name with another default."""
 
 
 def parse_hyperedges(text: str) -> list[list[int]]:

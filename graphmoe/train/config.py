@@ -35,6 +35,7 @@ __all__ = [
     "parse",
     "resolve_device",
     "to_yaml",
+    "with_default",
 ]
 
 RUN_ONLY = ("run_name", "out_dir", "resume", "overwrite", "evaluate")
@@ -55,6 +56,12 @@ def flag(default: Any, help: str, *, aliases: Sequence[str] = ()) -> Any:
         A dataclass field.
     """
     metadata = {"help": help, "aliases": list(aliases)} if aliases else {"help": help}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def with_default(config_class: type, name: str, default: Any) -> Any:
+    """Declare the field ``name`` of a config again with another default; what it is and its aliases stay."""
+    metadata = config_class.__dataclass_fields__[name].metadata
     return dataclasses.field(default=default, metadata=metadata)
 
 
