@@ -34,7 +34,7 @@ def memory_ablation(groups: Sequence[Group]) -> Figure:
         axes[0].axvline(
             float(np.mean(chance)), color=style.QUIET, linestyle=":", linewidth=1.3, label="chance"
         )
-        axes[0].legend(loc="lower right")
+        axes[0].legend(loc="lower left", bbox_to_anchor=(0.7, 0.98), frameon=False)
     axes[0].set_yticks(range(len(shown)), [label_lines(group.label) for group in shown])
     axes[0].set_ylim(len(shown) - 0.4, -0.6)
     return fig
