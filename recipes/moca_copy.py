@@ -1,14 +1,14 @@
 """Say a sequence of up to 60 tokens again, from memory slots that tokens write and read along routed edges.
 
 ``python -m recipes.moca_copy``, or as many slots as tokens and slots chosen by position: ``python -m
-recipes.moca_copy --num_slots 64 --address key --max_steps 300``
+recipes.moca_copy --num_slots 64``
 
 The network sees each token once; behind a delimiter it gets blanks only, and nothing but the memory reaches
 from a token to its blank. Only blanks are scored, on sequences never seen. The same network without a memory
 (``--num_slots 0``) is trained for a few steps in the same run as a baseline, beside chance (0.8 %).
 
-Measured on 1000 fresh sequences, seed 0: 32 slots recall 99.99 % of the tokens (50 to 60 of them: 99.98 %)
-and keep 57 % of the edges; 64 slots, chosen by position in half the steps, 98.6 %; without memory 0.8 %.
+Measured on 1000 fresh sequences, seeds 0, 1 and 2: 32 slots recall 99.7, 99.4 and 99.0 % of the tokens and
+keep 56 to 63 % of the edges; 64 slots 99.9, 99.6 and 97.5 %; without memory 0.8 %. 100 seconds on one core.
 """
 
 import math
