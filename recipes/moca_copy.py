@@ -1,7 +1,6 @@
 """Say a sequence of up to 60 tokens again, from memory slots that tokens write and read along routed edges.
 
-``python -m recipes.moca_copy``, or as many slots as tokens and slots chosen by position: ``python -m
-recipes.moca_copy --num_slots 64``
+``python -m recipes.moca_copy``, or a slot for every token: ``python -m recipes.moca_copy --num_slots 64``
 
 The network sees each token once; behind a delimiter it gets blanks only, and nothing but the memory reaches
 from a token to its blank. Only blanks are scored, on sequences never seen. The same network without a memory
