@@ -4,9 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphmoe import loss as losses
 from graphmoe.errors import ConfigError
-from graphmoe.models.cost import active_parameters
 from graphmoe.models.head import IGNORE
 from graphmoe.models.moca_configuration import MocaConfig
 from graphmoe.models.moca_outputs import MocaModelOutput, MocaOutput, MocaState, Present
@@ -179,10 +177,7 @@ class MocaForTokenPrediction(MocaPreTrainedModel):
             task = F.cross_entropy(logits[counts].float(), labels[counts], reduction="sum")
             task = task / counts.sum().clamp(min=1)
             aux = self.aux_losses(records, present)
-            weights = {"balance": self.config.router_aux_loss_coef}
-            total = task
-            for name, value in aux.items():
-                total = total + weights.get(name, getattr(self.config, f"{name}_coef", 0.0)) * value
+            total = self.with_aux_losses(task, aux)
         wanted = self.config.output_records if output_records is None else output_records
         experts = tuple(record.experts for record in records if record.experts is not None)
         return MocaOutput(
@@ -194,37 +189,3 @@ class MocaForTokenPrediction(MocaPreTrainedModel):
             records=experts or None if wanted else None,
             layer_records=records if wanted else None,
         )
-
-    def aux_losses(self, records: tuple[MocaRecord, ...], present: Present) -> dict[str, Tensor]:
-        """Unscaled losses with a non-zero coefficient, averaged over layers.
-
-        In processes that train together the balancing loss counts the edges of all of them: a collective.
-
-        Args:
-            records: What the layers did.
-            present: Their tokens; collisions are those of tokens before the first delimiter.
-        """
-        config = self.config
-        terms: dict[str, list[Tensor]] = {}
-        for record in records:
-            if config.router_aux_loss_coef and record.experts is not None:
-                counts = losses.wanted(record.experts)
-                if self.training and torch.is_grad_enabled():
-                    counts = losses.over_ranks(counts)
-                value = losses.balance(record.experts.routing, counts=counts)
-                terms.setdefault("balance", []).append(value)
-            if config.collision_coef and record.memory is not None:
-                value = losses.collision(
-                    record.memory.routing.logits, present.sequence, present.shape[0], present.phase == 0
-                )
-                terms.setdefault("collision", []).append(value)
-            if config.budget_coef and record.usage is not None:
-                value = self.model.budget_strength * losses.budget(
-                    record.usage, record.budget, config.budget_limit
-                )
-                terms.setdefault("budget", []).append(value)
-        return {name: torch.stack(values).mean() for name, values in terms.items()}
-
-    def num_active_parameters(self) -> int:
-        """Parameters that one token passes through; see :func:`~graphmoe.models.cost.active_parameters`."""
-        return active_parameters(self)

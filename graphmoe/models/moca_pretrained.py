@@ -1,13 +1,17 @@
-"""What networks of slots and experts share as transformers models: their initial weights."""
+"""What networks of slots and experts share as transformers models: initial weights and losses of routers."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from graphmoe import loss as losses
+from graphmoe.models.cost import active_parameters
 from graphmoe.models.moca_configuration import MocaConfig
+from graphmoe.models.moca_outputs import Present
 from graphmoe.nn import ExpertConv, MemoryBank, MemoryLayer, MocaLayer
 from graphmoe.nn.route import Router
+from graphmoe.typing import MocaRecord
 
 
 class MocaPreTrainedModel(PreTrainedModel):
@@ -44,3 +48,44 @@ class MocaPreTrainedModel(PreTrainedModel):
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside transformers this skips modules without tensors of their own, such as layers.
         super()._initialize_weights(module, is_custom_code=False)
+
+    def aux_losses(self, records: tuple[MocaRecord, ...], present: Present) -> dict[str, Tensor]:
+        """Unscaled losses with a non-zero coefficient, averaged over layers.
+
+        In processes that train together the balancing loss counts the edges of all of them: a collective.
+
+        Args:
+            records: What the layers did.
+            present: Their tokens; collisions are those of tokens before the first delimiter.
+        """
+        config = self.config
+        terms: dict[str, list[Tensor]] = {}
+        for record in records:
+            if config.router_aux_loss_coef and record.experts is not None:
+                counts = losses.wanted(record.experts)
+                if self.training and torch.is_grad_enabled():
+                    counts = losses.over_ranks(counts)
+                value = losses.balance(record.experts.routing, counts=counts)
+                terms.setdefault("balance", []).append(value)
+            if config.collision_coef and record.memory is not None:
+                value = losses.collision(
+                    record.memory.routing.logits, present.sequence, present.shape[0], present.phase == 0
+                )
+                terms.setdefault("collision", []).append(value)
+            if config.budget_coef and record.usage is not None:
+                value = self.base_model.budget_strength * losses.budget(
+                    record.usage, record.budget, config.budget_limit
+                )
+                terms.setdefault("budget", []).append(value)
+        return {name: torch.stack(values).mean() for name, values in terms.items()}
+
+    def with_aux_losses(self, task: Tensor, aux: dict[str, Tensor]) -> Tensor:
+        """What is trained: the loss of the task, and the others times their coefficients."""
+        weights = {"balance": self.config.router_aux_loss_coef}
+        for name, value in aux.items():
+            task = task + weights.get(name, getattr(self.config, f"{name}_coef", 0.0)) * value
+        return task
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one token passes through; see :func:`~graphmoe.models.cost.active_parameters`."""
+        return active_parameters(self)

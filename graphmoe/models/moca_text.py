@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from graphmoe.errors import ConfigError
-from graphmoe.models.moca import MocaForTokenPrediction, MocaModel, MocaPreTrainedModel
+from graphmoe.models.moca import MocaModel, MocaPreTrainedModel
 from graphmoe.models.moca_text_configuration import MocaTextConfig
 from graphmoe.typing import MocaRecord, Record
 
@@ -156,9 +156,6 @@ class MocaForSequenceClassification(MocaPreTrainedModel):
             )
         self.post_init()
 
-    aux_losses = MocaForTokenPrediction.aux_losses
-    num_active_parameters = MocaForTokenPrediction.num_active_parameters
-
     def forward(
         self,
         input_ids: Tensor,
@@ -189,10 +186,7 @@ class MocaForSequenceClassification(MocaPreTrainedModel):
             smoothing = self.config.label_smoothing if self.training else 0.0
             task = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
             aux = self.aux_losses(records, present)
-            weights = {"balance": self.config.router_aux_loss_coef}
-            total = task
-            for name, value in aux.items():
-                total = total + weights.get(name, getattr(self.config, f"{name}_coef", 0.0)) * value
+            total = self.with_aux_losses(task, aux)
         wanted = self.config.output_records if output_records is None else output_records
         experts = tuple(record.experts for record in records if record.experts is not None)
         return MocaClassifierOutput(
