@@ -10,7 +10,7 @@ from graphmoe.data.labelled_batches import LabelledBatches, encode_texts
 from graphmoe.data.labelled_text import PARTS, LabelledText, load_classification
 from graphmoe.data.tokenizer import build_tokenizer, num_tokens
 from graphmoe.models import GraphMoEForSequenceClassification
-from graphmoe.train.config import flag
+from graphmoe.train.config import RunConfig, flag
 from recipes.language_model_config import build
 from recipes.routing_config import RoutingConfig
 from recipes.text_baselines import tfidf
@@ -100,9 +100,9 @@ class EncodedText:
         return f"{self.data.describe()}; {mean:.0f} tokens a text; {vocabulary}"
 
 
-def read_texts(config: ClassifierConfig) -> EncodedText:
-    """The texts that the flags name."""
-    data = load_classification(
+def read_labelled(config: RunConfig) -> LabelledText:
+    """The labelled texts that the flags name, in parts."""
+    return load_classification(
         config.dataset,
         data_dir=config.data_dir,
         num_classes=config.num_classes,
@@ -110,6 +110,11 @@ def read_texts(config: ClassifierConfig) -> EncodedText:
         test=config.test,
         seed=config.split_seed,
     )
+
+
+def read_texts(config: ClassifierConfig) -> EncodedText:
+    """The texts that the flags name."""
+    data = read_labelled(config)
     tokenizer = build_tokenizer(config.tokenizer, data.train.texts, config.vocab_size)
     rows = {
         part: encode_texts(tokenizer, getattr(data, part).texts, config.tokenizer, config.seq_len)

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from graphmoe.data.docstrings import DOCSTRINGS
-from graphmoe.data.labelled_text import PARTS, LabelledText, load_classification
+from graphmoe.data.labelled_text import PARTS, LabelledText
 from graphmoe.data.ngrams import HashedBatches, HashedText, TextHasher
 from graphmoe.models import MocaTextConfig
 from graphmoe.train.config import RunConfig, flag
+from recipes.classification_config import read_labelled
 from recipes.text_baselines import tfidf
 
 
@@ -134,14 +135,7 @@ class HashedTexts:
 
 def read_texts(config: MocaClassifierConfig) -> HashedTexts:
     """The texts that the flags name."""
-    data = load_classification(
-        config.dataset,
-        data_dir=config.data_dir,
-        num_classes=config.num_classes,
-        validation=config.validation,
-        test=config.test,
-        seed=config.split_seed,
-    )
+    data = read_labelled(config)
     hasher = TextHasher(config.vocab_size, config.num_ngrams or 2)
     rows = {part: [hasher(text, config.seq_len) for text in getattr(data, part).texts] for part in PARTS}
     return HashedTexts(data, rows)
