@@ -12,7 +12,7 @@ import numpy as np
 from graphmoe.data.image_batches import ImageBatches
 from graphmoe.data.images import ImageData, load_images
 from graphmoe.models import SparseMLP, SparseMLPConfig
-from graphmoe.nn.sparse import DISTRIBUTIONS
+from graphmoe.nn.sparse import DISTRIBUTIONS, er_total_density
 from graphmoe.train.config import RunConfig, flag
 
 GROWTH = {"set": "random", "rigl": "gradient"}
@@ -38,6 +38,8 @@ class SetConfig(RunConfig):
     log_every: int = flag(50, "optimiser steps between lines of metrics", aliases=["--log_interval"])
     dataset: str = flag("digits", "digits (of scikit-learn), mnist, fashion_mnist or cifar10")
     validation: float = flag(0.02, "share of the training images to watch, not to train on")
+    train_images: int | None = flag(None, "take only the first so many of the training images")
+    test_images: int | None = flag(None, "take only the first so many of the test images")
     split_seed: int = flag(0, "seed of the division into parts, the same for all --seed")
     shift: int | None = flag(
         None, "most pixels that a training image is moved, up or down and to a side; 1 of 28 without it"
@@ -45,6 +47,9 @@ class SetConfig(RunConfig):
     hidden_dim: int = flag(1000, "neurons of a hidden layer")
     num_layers: int = flag(3, "hidden layers")
     density: float = flag(0.05, "edges, as a share of the weights of the dense network")
+    epsilon: float | None = flag(
+        None, "instead of density: edges a neuron, epsilon (i + o) in a layer of i x o places"
+    )
     distribution: str = flag("uniform", f"how layers share them: {', '.join(DISTRIBUTIONS)}")
     dense_output: bool = flag(True, "give the last layer all its edges, which count")
     dropout: float = flag(0.2, "dropout behind hidden layers")
@@ -53,6 +58,7 @@ class SetConfig(RunConfig):
     )
     zeta: float = flag(0.3, "share of the edges that a rewiring replaces", aliases=["--rewire_fraction"])
     rewire_every: int | None = flag(None, "optimiser steps between rewirings; an epoch without it")
+    rewire_until: float = flag(0.75, "share of the steps after which no edge moves any more")
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,8 +66,10 @@ class SetConfig(RunConfig):
         self.require("validation", 0 < self.validation < 1, "a number > 0 and < 1")
         self.require("split_seed", self.split_seed >= 0, "a number >= 0")
         self.require("density", 0 < self.density <= 1, "a number > 0 and <= 1")
+        self.require("epsilon", self.epsilon is None or 0 < self.epsilon < math.inf, "a number > 0")
         self.require("distribution", self.distribution in DISTRIBUTIONS, f"one of {', '.join(DISTRIBUTIONS)}")
-        self.require("zeta", 0 <= self.zeta <= 1, "a number from 0 to 1")
+        for name in ("zeta", "rewire_until"):
+            self.require(name, 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
         for name in ("hidden_dim", "num_layers"):
             self.require(name, getattr(self, name) >= 1, "a number >= 1")
         for name, least in (("shift", 0), ("rewire_every", 1)):
@@ -105,7 +113,14 @@ class Images:
 def read_images(config: SetConfig) -> Images:
     """The images that the flags name."""
     return Images(
-        load_images(config.dataset, config.data_dir, validation=config.validation, seed=config.split_seed)
+        load_images(
+            config.dataset,
+            config.data_dir,
+            validation=config.validation,
+            seed=config.split_seed,
+            train_images=config.train_images,
+            test_images=config.test_images,
+        )
     )
 
 
@@ -128,17 +143,32 @@ def with_steps(config: SetConfig, batches: ImageBatches) -> SetConfig:
 
 
 def build_model(config: SetConfig, images: Images) -> SparseMLP:
-    """The model of a config on these images."""
+    """The model of a config on these images.
+
+    Raises:
+        ConfigError: More edges than places, or fewer than dense layers alone have.
+    """
     names = images.data.class_names
+    shape = {
+        "input_size": math.prod(images.data.image_shape),
+        "hidden_sizes": [config.hidden_dim] * config.num_layers,
+        "num_labels": len(names),
+        "dense_output": config.dense_output,
+    }
+    if config.topology == "dense":
+        shape["density"] = 1.0
+    elif config.epsilon is None:
+        shape |= {"density": config.density, "distribution": config.distribution}
+    else:
+        dense = {config.num_layers} if config.dense_output else ()
+        shapes = SparseMLPConfig(**shape | {"density": 1.0}).shapes()
+        shape |= {"density": er_total_density(shapes, config.epsilon, dense=dense), "distribution": "er"}
+    ids = dict(enumerate(names))
     return SparseMLP(
         SparseMLPConfig(
-            input_size=math.prod(images.data.image_shape),
-            hidden_sizes=[config.hidden_dim] * config.num_layers,
-            density=1.0 if config.topology == "dense" else config.density,
-            distribution=config.distribution,
-            dense_output=config.dense_output,
+            **shape,
             dropout=config.dropout,
-            id2label=dict(enumerate(names)),
-            label2id={name: index for index, name in enumerate(names)},
+            id2label=ids,
+            label2id={name: index for index, name in ids.items()},
         )
     )

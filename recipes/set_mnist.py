@@ -64,6 +64,7 @@ class SetJob(frame.Job):
                 every=self.config.rewire_every,
                 fraction=config.zeta,
                 growth=GROWTH[config.topology],
+                until=math.floor(config.rewire_until * self.config.max_steps),
                 seed=config.seed,
             )
 

@@ -29,6 +29,18 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def first(self, count: int | None, flag: str) -> "LabelledImages":
+        """The first ``count``, or all without a count.
+
+        Raises:
+            DataError: Fewer than one, or more than there are; ``flag`` says who asked.
+        """
+        if count is None:
+            return self
+        if not 1 <= count <= len(self):
+            raise DataError("no number of images", flag, f"from 1 to {len(self)}", count)
+        return LabelledImages(self.images[:count], self.labels[:count])
+
 
 def present(folder: Path, stem: str) -> Path | None:
     return next((path for path in (folder / f"{stem}.gz", folder / stem) if path.is_file()), None)

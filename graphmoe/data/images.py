@@ -67,7 +67,13 @@ class ImageData:
 
 
 def load_images(
-    name: str, data_dir: str | Path | None = None, *, validation: float = 0.0, seed: int = 0
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    validation: float = 0.0,
+    seed: int = 0,
+    train_images: int | None = None,
+    test_images: int | None = None,
 ) -> ImageData:
     """Read a data set of images.
 
@@ -81,9 +87,11 @@ def load_images(
             ``y_test`` and maybe ``label_names``.
         validation: Share of the training images to set apart, drawn by ``seed``, in [0, 1).
         seed: Of the division.
+        train_images, test_images: Read only so many, the first in their order.
 
     Raises:
-        DataError: An unknown name, a folder without the files, or files of something else.
+        DataError: An unknown name, a folder without the files, files of something else, or more images asked
+            for than there are.
     """
     if name not in DATASETS:
         raise DataError("unknown images", "--dataset", f"one of {', '.join(DATASETS)}", name)
@@ -91,6 +99,7 @@ def load_images(
         raise DataError("no share of the images", "--validation", "from 0 on, below 1", validation)
     random = np.random.default_rng(np.random.SeedSequence([seed]))
     train, test, names = _digits(random) if name == "digits" else _folder(name, data_dir)
+    train, test = train.first(train_images, "--train_images"), test.first(test_images, "--test_images")
     for part, where in ((train, "train"), (test, "test")):
         if not len(part):
             raise DataError("no image", where, "at least one")

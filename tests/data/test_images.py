@@ -39,6 +39,17 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_the_first_images_only(folder):
+    data = load_images("mnist", folder, train_images=8, test_images=2, validation=0.25)
+    images, _ = arrays()
+    both = np.concatenate([data.train.images, data.validation.images])[:, 0]
+    assert sorted(both.sum((1, 2))) == sorted(images[:8].sum((1, 2))) and len(data.validation) == 2
+    assert data.test.labels.tolist() == [0, 1] and data.mean == data.train.images.mean()
+    for options in ({"train_images": 13}, {"test_images": 0}):
+        with pytest.raises(DataError, match=f"--{next(iter(options))}: no number of images"):
+            load_images("mnist", folder, **options)
+
+
 def test_the_files_of_mnist(folder):
     for where in (folder, folder / "mnist"):
         data = load_images("mnist", where)

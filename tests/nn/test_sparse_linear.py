@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from graphmoe.errors import ConfigError, GraphError
 from graphmoe.nn import SparseLinear, edge_form, to_sparse
-from graphmoe.nn.sparse import allocate_density, feeds
+from graphmoe.nn.sparse import allocate_density, er_total_density, feeds
+from graphmoe.nn.sparse.density import er_density
 from graphmoe.nn.sparse.places import draw_absent, draw_places, largest_absent
 from graphmoe.typing import FEEDS
 
@@ -195,6 +196,16 @@ def test_layers_share_the_edges(distribution):
         assert densities[0] / densities[1] == pytest.approx((1 / 784 + 1 / 1000) / (2 / 1000))
     assert allocate_density(shapes, 1.0, distribution) == [1.0] * 4
     assert allocate_density([(100, 100), (100, 1)], 0.9, "er")[1] == 1.0
+
+
+def test_layers_of_one_epsilon():
+    shapes = [(50, 40), (40, 30), (30, 5)]
+    total = er_total_density(shapes, 3, dense=[2])
+    assert total * (2000 + 1200 + 150) == pytest.approx(3 * 90 + 3 * 70 + 150)
+    found = allocate_density(shapes, total, "er", dense=[2])
+    assert found == pytest.approx([er_density(3, 50, 40), er_density(3, 40, 30), 1.0])
+    with pytest.raises(ConfigError, match="epsilon: no number of edges"):
+        er_total_density(shapes, 5)
 
 
 def test_as_a_typed_graph():

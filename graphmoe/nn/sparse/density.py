@@ -21,6 +21,29 @@ def er_density(epsilon: float, in_channels: int, out_channels: int) -> float:
     return epsilon / most
 
 
+def er_total_density(
+    shapes: Sequence[tuple[int, int]], epsilon: float, *, dense: Collection[int] = ()
+) -> float:
+    r"""Density of a whole network whose layers have :math:`\epsilon (i + o)` edges each
+    (`SET <https://arxiv.org/abs/1707.04780>`_): the one with which :func:`allocate_density` by ``er`` gives
+    each layer its :func:`er_density`.
+
+    Args:
+        shapes: Channels ``(in, out)`` of each layer.
+        epsilon: Edges a neuron.
+        dense: Layers that have all their edges, which count.
+
+    Raises:
+        ConfigError: A layer that is not dense has no edges, or more than places.
+    """
+    places = [sources * targets for sources, targets in shapes]
+    edges = [
+        places[layer] if layer in dense else er_density(epsilon, *shape) * places[layer]
+        for layer, shape in enumerate(shapes)
+    ]
+    return sum(edges) / sum(places)
+
+
 def require_density(density: float, name: str = "density") -> float:
     """Refuse a density outside (0, 1]."""
     if not 0 < density <= 1:
