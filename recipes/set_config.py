@@ -5,7 +5,6 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 
@@ -14,13 +13,11 @@ from graphmoe.data.images import ImageData, load_images
 from graphmoe.models import SparseMLP, SparseMLPConfig
 from graphmoe.nn.sparse import DISTRIBUTIONS, er_total_density
 from graphmoe.train.config import RunConfig, flag
-
-GROWTH = {"set": "random", "rigl": "gradient"}
-"""How edges grow, by the topologies in which any do."""
+from recipes.rewire_flags import RewireFlags
 
 
 @dataclass(kw_only=True)
-class SetConfig(RunConfig):
+class SetConfig(RewireFlags, RunConfig):
     """Flags of a sparse classifier of images."""
 
     max_steps: int = flag(1000, "optimiser steps to train for")
@@ -53,12 +50,6 @@ class SetConfig(RunConfig):
     distribution: str = flag("uniform", f"how layers share them: {', '.join(DISTRIBUTIONS)}")
     dense_output: bool = flag(True, "give the last layer all its edges, which count")
     dropout: float = flag(0.2, "dropout behind hidden layers")
-    topology: Literal["set", "static", "rigl", "dense"] = flag(
-        "set", "set (random growth), rigl (growth by gradients), static (no growth), or dense"
-    )
-    zeta: float = flag(0.3, "share of the edges that a rewiring replaces", aliases=["--rewire_fraction"])
-    rewire_every: int | None = flag(None, "optimiser steps between rewirings; an epoch without it")
-    rewire_until: float = flag(0.75, "share of the steps after which no edge moves any more")
 
     def __post_init__(self):
         super().__post_init__()
@@ -68,13 +59,9 @@ class SetConfig(RunConfig):
         self.require("density", 0 < self.density <= 1, "a number > 0 and <= 1")
         self.require("epsilon", self.epsilon is None or 0 < self.epsilon < math.inf, "a number > 0")
         self.require("distribution", self.distribution in DISTRIBUTIONS, f"one of {', '.join(DISTRIBUTIONS)}")
-        for name in ("zeta", "rewire_until"):
-            self.require(name, 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
         for name in ("hidden_dim", "num_layers"):
             self.require(name, getattr(self, name) >= 1, "a number >= 1")
-        for name, least in (("shift", 0), ("rewire_every", 1)):
-            value = getattr(self, name)
-            self.require(name, value is None or value >= least, f"a number >= {least}")
+        self.require("shift", self.shift is None or self.shift >= 0, "a number >= 0")
         self.require("dropout", 0 <= self.dropout < 1, "a number >= 0 and < 1")
 
 

@@ -25,10 +25,10 @@ from graphmoe.data.images import ImageData
 from graphmoe.errors import ConfigError
 from graphmoe.models import SparseMLP, load
 from graphmoe.train.loop import Callback, TrainState
-from graphmoe.train.rewire import Rewire
 from recipes import frame
 from recipes.reporting import say, speed
-from recipes.set_config import GROWTH, Images, SetConfig, build_model, read_batches, read_images, with_steps
+from recipes.rewire_flags import edge_records
+from recipes.set_config import Images, SetConfig, build_model, read_batches, read_images, with_steps
 
 EVAL_BATCH = 1000
 """Images scored at once."""
@@ -57,16 +57,7 @@ class SetJob(frame.Job):
         self.dataset, self.fingerprint = data.name, data.fingerprint
         self.model = build_model(config, images)
         self.edges = self.model.num_edges()
-        self.rewire: Rewire | None = None
-        if config.topology in GROWTH:
-            self.rewire = Rewire(
-                self.model,
-                every=self.config.rewire_every,
-                fraction=config.zeta,
-                growth=GROWTH[config.topology],
-                until=math.floor(config.rewire_until * self.config.max_steps),
-                seed=config.seed,
-            )
+        self.rewire = self.config.rewiring(self.model)
 
     def size(self) -> dict[str, int]:
         # A multiplication and an addition for each edge, of an image.
@@ -89,20 +80,9 @@ class SetJob(frame.Job):
         return score(model, self.images.data, self.images.data.validation)
 
     def final_records(self, state: TrainState) -> dict[str, Tensor]:
-        layers = self.model.sparse_layers()
-        if not layers:
-            return {}
-        edges = [
-            torch.stack([torch.full_like(layer.source, i), layer.source, layer.target])
-            for i, layer in enumerate(layers)
-        ]
-        return {
-            "final_feeds": torch.cat(edges, dim=1),  # layer, source, target
-            "final_feeds_weight": torch.cat([layer.weight.detach() for layer in layers]),
-            "final_feeds_age": torch.cat([layer.age() for layer in layers]),
-            "final_feeds_size": torch.tensor([[layer.in_channels, layer.out_channels] for layer in layers]),
-            "final_image_shape": torch.tensor(self.images.data.image_shape),
-        }
+        edges = edge_records(self.model.sparse_layers())
+        shape = torch.tensor(self.images.data.image_shape)
+        return edges and edges | {"final_image_shape": shape}
 
     def conclude(self, state: TrainState) -> dict:
         self.model.eval()

@@ -4,19 +4,21 @@
 ``python -m recipes.set_study --dataset mnist --data_dir DIR --epochs 20 --num_threads 1``
 
 The same network over seeds: ``set`` (random growth), ``rigl`` (growth by gradients), ``static`` (the first
-edges stay) at equal numbers of edges, and ``dense`` with all weights. With several ``--learning_rates`` each
+edges stay) at equal numbers of edges, and ``dense`` with all weights; its steps take longer, and
+``--dense_epochs`` gives it as much time instead of as many steps. With several ``--learning_rates`` each
 arm chooses its own on the validation part. The table is about test images, and has logistic regression on
 pixels and a uniform guess beside it. Stop it when you like: ``--resume`` goes on, ``--evaluate`` shows what
 is finished.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from transformers.utils import logging as transformers_logging
 
-from graphmoe.train.config import exit_code, parse
+from graphmoe.train.config import exit_code, flag, parse
 from recipes import comparison
 from recipes.frame import train
 from recipes.set_config import Images, SetConfig, build_model, read_images
@@ -51,17 +53,25 @@ class SetStudyConfig(StudyFlags, SetConfig):
 
     arms: list[str] = field(default_factory=lambda: [HEADLINE, REFERENCE, "dense"], metadata=some_of(ARMS))
     learning_rates: list[float] = field(default_factory=lambda: [2e-3], metadata=RATES)
+    dense_epochs: float | None = flag(
+        None, "epochs of the dense network, whose steps take longer; as many as the others without it"
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.require("topology", self.topology == "set", "nothing: each arm has its own")
         self.require_some_of("arms", ARMS)
+        given = self.dense_epochs
+        self.require("dense_epochs", given is None or 0 < given < math.inf, "a number > 0")
 
 
 def arms_of(config: SetStudyConfig) -> dict[str, SetConfig]:
     """The config of each chosen arm."""
     common = shared(config, SetConfig)
-    return {name: replace(common, topology=name) for name in config.arms}
+    found = {name: replace(common, topology=name) for name in config.arms}
+    if "dense" in found and config.dense_epochs is not None:
+        found["dense"] = replace(found["dense"], epochs=config.dense_epochs)
+    return found
 
 
 def run(argv: Sequence[str] | None) -> None:

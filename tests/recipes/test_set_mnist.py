@@ -102,7 +102,15 @@ def test_growth_by_gradients_and_a_run_that_goes_on(out):
 
 
 def test_topologies_side_by_side(out, capsys):
-    flags = [*SMALL, "--max_steps=12", "--rewire_until=1", "--num_seeds=2", "--out_dir", out]
+    flags = [
+        *SMALL,
+        "--max_steps=12",
+        "--rewire_until=1",
+        "--num_seeds=2",
+        "--out_dir",
+        out,
+        "--dense_epochs=0.5",
+    ]
     assert run("set_study", *flags) == 0
     result = read(out / "set_study")
     assert set(result["metrics"]) == {"set", "static", "dense", "test_accuracy"}
@@ -118,6 +126,7 @@ def test_topologies_side_by_side(out, capsys):
     }
     assert [int(layer.rewirings) for layers in moved.values() for layer in layers] == [1, 1, 0, 0]
     dense = read(out / "set_study" / "dense-lr0.002-seed1")
+    assert (result["steps"], dense["steps"]) == (12, 5)
     assert dense["edges"] == 64 * 40 + 40 * 40 + 40 * 10 == dense["metrics"]["edges_after"]
     assert finished_runs == {f"{arm}-lr0.002-seed{s}" for arm in ("set", "static", "dense") for s in (0, 1)}
 
