@@ -10,7 +10,7 @@ from graphmoe.checkpoint.manifest import read_manifest, verify, versions
 from graphmoe.checkpoint.shards import WholeState, whole_state
 from graphmoe.checkpoint.store import latest, restore, save
 from graphmoe.files import RunLock, atomic_write_bytes, read_json, write_json
-from graphmoe.run_record import RunRecord, read, truncate_metrics, write_records
+from graphmoe.run_record import RunRecord, read, read_tensors, truncate_metrics, write_records
 
 __all__ = [
     "RunLock",
@@ -21,6 +21,7 @@ __all__ = [
     "read",
     "read_json",
     "read_manifest",
+    "read_tensors",
     "restore",
     "save",
     "truncate_metrics",

@@ -37,7 +37,7 @@ class TrainState:
     """What callbacks may read, and ``stop`` to end training after this step.
 
     Attributes:
-        step: Optimiser steps done.
+        step: Optimiser steps done. ``on_start`` may set it: data and learning rates begin there.
         max_steps: Steps to do.
         metrics: Figures of the last step, of all ranks: ``loss``, ``lm_loss``, ``aux``, ``lr``,
             ``grad_norm``, ``tokens`` of the step, ``seconds`` since the start, evaluation excluded.
