@@ -170,7 +170,7 @@ class LotteryJob(frame.Job):
             say(f"{result['seconds']:.0f} s in all, peak memory {result['peak_rss_mb']:,.0f} MB")
         else:
             say(f"{self.place.branch}: test accuracy {100 * result['metrics']['accuracy']:.2f} %, "
-                f"{result["outside_mask"]} entries outside the mask")  # fmt: skip
+                f"{result['outside_mask']} entries outside the mask")  # fmt: skip
 
     @classmethod
     def evaluate(cls, config: LotteryConfig, recipe: str) -> None:
