@@ -97,7 +97,12 @@ class Every(Callback):
 
 def reseed(seed: int, step: int, rank: int = 0) -> None:
     """Seed torch as a function of (seed, step, rank), so that no generator state need be saved."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+    number = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+    if torch.accelerator.is_available():
+        torch.manual_seed(number)
+    else:
+        # The same numbers; torch.manual_seed would write a stack trace for every device that is not there.
+        torch.default_generator.manual_seed(number)
 
 
 def fit(

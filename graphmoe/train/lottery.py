@@ -91,25 +91,25 @@ class EnforceMasks(Callback):
         if audit_every < 1:
             raise ConfigError("no interval", "audit_every", "at least 1 step", audit_every)
         self.masks, self.audit_every, self.audits = masks, audit_every, 0
-        self._pruned: dict[nn.Parameter, Tensor] = {}
+        self._kept: dict[nn.Parameter, Tensor] = {}
         self._hooks: list = []
 
     def on_start(self, state: TrainState, model: nn.Module) -> None:
         parameters = self.masks.parameters(model)
         if any(is_shard(parameter) for parameter in parameters.values()):
             raise ConfigError("sharded weights cannot be pruned", "--parallel", "ddp", "fsdp")
-        self._pruned = {
-            parameter: ~self.masks[name].to(parameter.device)
+        # Factors 0 and 1: many times faster than filling by a mask of bools.
+        self._kept = {
+            parameter: self.masks[name].to(parameter.device, parameter.dtype)
             for name, parameter in parameters.items()
             if not self.masks[name].all()
         }
-        for parameter, pruned in self._pruned.items():
-            hook = parameter.register_hook(lambda grad, pruned=pruned: grad.masked_fill(pruned, 0))
-            self._hooks.append(hook)
-        enforce(self._pruned, state.optimizer)
+        for parameter, kept in self._kept.items():
+            self._hooks.append(parameter.register_hook(lambda grad, kept=kept: grad * kept))
+        enforce(self._kept, state.optimizer)
 
     def on_step(self, state: TrainState, model: nn.Module, outputs: object) -> None:
-        enforce(self._pruned, state.optimizer)
+        enforce(self._kept, state.optimizer)
         if state.last or state.step % self.audit_every == 0:
             require_enforced(self.masks, model, state.optimizer)
             self.audits += 1
@@ -121,11 +121,11 @@ class EnforceMasks(Callback):
 
 
 @torch.no_grad()
-def enforce(pruned: Mapping[nn.Parameter, Tensor], optimizer: Optimizer) -> None:
-    """Set entries of parameters, and what an optimiser keeps for them, to 0."""
-    for parameter, entries in pruned.items():
+def enforce(kept: Mapping[nn.Parameter, Tensor], optimizer: Optimizer) -> None:
+    """Multiply parameters, and what an optimiser keeps for their entries, by factors 0 or 1."""
+    for parameter, factors in kept.items():
         for tensor in (parameter, *entries_of(optimizer.state.get(parameter, {}), parameter)):
-            tensor.masked_fill_(entries, 0)
+            tensor.mul_(factors)
 
 
 def require_enforced(masks: Masks, model: nn.Module, optimizer: Optimizer | None = None) -> None:
