@@ -1,5 +1,7 @@
 """A classifier whose weights are edges: neurons that feed neurons."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,7 +47,9 @@ class SparseMLP(PreTrainedModel):
             nn.Linear(*shape) if density == 1 else SparseLinear(*shape, density) for shape, density in layers
         )
         self.dropout = ByteDropout(config.dropout)
-        self.act = getattr(F, config.hidden_act)
+        # What an activation is given is seen by nobody else; of the three only ReLU does not need it again.
+        in_place = config.hidden_act == "relu"
+        self.act = partial(F.relu, inplace=True) if in_place else getattr(F, config.hidden_act)
         self.post_init()
 
     def forward(

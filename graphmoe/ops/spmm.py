@@ -14,6 +14,9 @@ from graphmoe.errors import GraphError
 from graphmoe.ops.memory import empty
 from graphmoe.ops.topology import Topology, topology_of
 
+_BAG_CHANNELS = 16
+_BAG_BYTES = 1 << 25  # from here on malloc returns what is freed to the system
+
 with warnings.catch_warnings():  # torch says once that its CSR tensors are in beta
     warnings.simplefilter("ignore", UserWarning)
     torch.sparse_csr_tensor(torch.zeros(1, dtype=torch.int32), [], [], (0, 0), check_invariants=False)
@@ -63,11 +66,22 @@ def spmm(
 def _product(ptr: Tensor, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """Rows ``ptr``, columns ``index`` and values ``weight``, times ``x``."""
     rows = ptr.numel() - 1
+    if _as_bags(rows, x) and index.numel():
+        return torch.embedding_bag(x, index, ptr, False, 0, False, weight, True)[0]
     out = empty(x, rows, x.size(1)).zero_()
     if index.numel() == 0 or x.numel() == 0:
         return out
     matrix = torch.sparse_csr_tensor(ptr, index, weight, (rows, x.size(0)), check_invariants=False)
     return out.addmm_(matrix, x)
+
+
+def _as_bags(rows: int, x: Tensor) -> bool:
+    """Whether to sum weighted bags of an embedding, for which torch has a kernel of its own on CPUs: up to
+    twice as fast as its sparse product, but for narrow rows, and for outputs so large that their memory would
+    be fresh each time."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0:
+        return False
+    return x.size(1) >= _BAG_CHANNELS and rows * x.size(1) * x.itemsize < _BAG_BYTES
 
 
 def _in_order(weight: Tensor, order: Tensor | None) -> Tensor:
@@ -104,10 +118,10 @@ def _ends(ptr: Tensor, source: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     if count > targets * sources:  # torch's operator makes do with one edge for each pair of nodes
         ids = torch.arange(targets, device=x.device).repeat_interleave(ptr.diff())
         return (grad.index_select(0, ids) * x.index_select(0, source)).sum(dim=1)
-    edges = torch.sparse_csr_tensor(
-        ptr, source, x.new_zeros(count), (targets, sources), check_invariants=False
-    )
-    return torch.sparse.sampled_addmm(edges, grad, x.t(), beta=0.0).values()
+    found = empty(x, count).zero_()
+    edges = torch.sparse_csr_tensor(ptr, source, found, (targets, sources), check_invariants=False)
+    torch.sparse.sampled_addmm(edges, grad, x.t(), beta=0.0, out=edges)  # else it copies all ids
+    return edges.values()
 
 
 class _SpMM(torch.autograd.Function):

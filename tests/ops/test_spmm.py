@@ -42,6 +42,22 @@ def test_equals_a_double_loop_gradients_included(double, sizes, channels):
         torch.testing.assert_close(a, torch.zeros_like(leaf) if b is None else b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("channels", [16, 33])
+@pytest.mark.parametrize("sizes", [(5, 4, 9), (3, 7, 40), (90, 80, 700), (6, 2, 1)], ids=str)
+def test_wide_rows_of_float32_equal_those_of_float64(sizes, channels):
+    sources, targets, count = sizes
+    edges, generator = graph(*sizes), torch.Generator().manual_seed(1)
+    weight, x = (torch.randn(*s, generator=generator) for s in [(count,), (sources, channels)])
+    grad, results = torch.randn(targets, channels, generator=generator), []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in (weight, x)]
+        out = spmm(edges, *leaves, num_targets=targets)
+        results.append([out, *torch.autograd.grad(out, leaves, grad.to(dtype))])
+    for narrow, wide in zip(*results, strict=True):
+        assert narrow.dtype == torch.float32
+        torch.testing.assert_close(narrow.double(), wide, rtol=1e-5, atol=1e-5)
+
+
 def test_gradcheck(double):
     edges, made = graph(), Topology(graph(), (5, 4))
     weight, x = torch.randn(9, requires_grad=True), torch.randn(5, 3, requires_grad=True)
