@@ -37,6 +37,8 @@ def build_block(config: GraphMoEConfig) -> Block:
             coupling_norm=config.coupling_norm,
             coupling_scale=config.coupling_scale,
             reasoning_steps=config.reasoning_steps,
+            expert_density=config.expert_density,
+            expert_distribution=config.expert_distribution,
             router=config.router,
             router_kwargs=router_options(config),
             num_shared_experts=config.num_shared_experts,

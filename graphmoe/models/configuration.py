@@ -26,6 +26,10 @@ class GraphMoEConfig(PreTrainedConfig):
             ``sqrt(2 L)``.
         num_experts: Primary experts of each block; 1 is a dense model without routing.
         num_experts_per_tok: Experts ``k`` a token, ``1 <= k <= num_experts``.
+        expert_density: Edges of an expert, as a share of the places of its matrices, in (0, 1]: its weights
+            are edges, which a training callback may let evolve. Not with ghosts, ``reasoning_steps`` or
+            ``orthogonality_weight_coef``, which want matrices. ``None`` or 1: matrices.
+        expert_distribution: How the maps of an expert share its edges: ``uniform``, ``er`` or ``erk``.
         is_causal: Tokens attend to themselves and earlier ones only; False: to all of their sequence, for
             encoders.
         router: ``topk``, by the token; ``contextual``, by what all experts say about it; ``threshold``, by
@@ -118,6 +122,8 @@ class GraphMoEConfig(PreTrainedConfig):
 
     num_experts: int = 4
     num_experts_per_tok: int = 2
+    expert_density: float | int | None = None
+    expert_distribution: str = "uniform"
     is_causal: bool = True
     router: str = "topk"
     scoring_func: str = "softmax"
@@ -198,6 +204,8 @@ class GraphMoEConfig(PreTrainedConfig):
             if self.num_experts == 1 and getattr(self, name) not in (0, None, "topk"):
                 what = "a dense model has no mixture"
                 raise ConfigError(what, name, "not with one expert", getattr(self, name))
+        if self.expert_density not in (None, 1):
+            self._check_sparse_experts()
         if self.router_bias and self.router != "topk":
             what = "only a token that chooses its experts can be made to choose others"
             raise ConfigError(what, "router_bias", "False, or router topk", True)
@@ -205,6 +213,14 @@ class GraphMoEConfig(PreTrainedConfig):
             expected = f"one of {', '.join(CHECKPOINT_POLICIES)}"
             raise ConfigError("unknown policy", "checkpoint_policy", expected, self.checkpoint_policy)
         self._check_coefficients()
+
+    def _check_sparse_experts(self) -> None:
+        if self.num_experts == 1:
+            what = "only experts of a mixture are sparse"
+            raise ConfigError(what, "expert_density", "None with one expert", self.expert_density)
+        if self.orthogonality_weight_coef:
+            what, got = "edges of different experts have different places", self.orthogonality_weight_coef
+            raise ConfigError(what, "orthogonality_weight_coef", "0 with expert_density", got)
 
     def _check_coefficients(self) -> None:
         orthogonality = ("orthogonality_output_coef", "orthogonality_weight_coef")

@@ -20,6 +20,7 @@ from graphmoe.nn import (
     MemoryLayer,
     MoELayer,
     OrthogonalityStrength,
+    SparseExpert,
 )
 from graphmoe.nn.route import Router
 
@@ -45,6 +46,11 @@ class GraphMoEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ExpertConv):
             init.normal_(module.gate_up_proj, std=std)
             init.normal_(module.down_proj, std=std * self._branch_scale)
+        elif isinstance(module, SparseExpert):
+            # Sums of fewer terms, as large as those of matrices.
+            for layers, size in ((module.gate_up_proj, std), (module.down_proj, std * self._branch_scale)):
+                for layer in layers:
+                    init.normal_(layer.weight, std=size * layer.density**-0.5)
         elif isinstance(module, CoupleConv):
             # Not the small std of maps that meet normalised tokens: rows meet nothing else on their way,
             # and a coupler that starts near 0 starts as a linear map that learns slowly.

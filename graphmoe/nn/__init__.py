@@ -37,6 +37,7 @@ from graphmoe.nn.route import (
 )
 from graphmoe.nn.row_attention import RowAttention
 from graphmoe.nn.sparse import SparseLinear, WeightedSumConv, to_sparse
+from graphmoe.nn.sparse_expert import SparseExpert
 
 __all__ = [
     "AttendConv",
@@ -69,6 +70,7 @@ __all__ = [
     "RecallConv",
     "RowAttention",
     "SlotWriteConv",
+    "SparseExpert",
     "SparseLinear",
     "SumFusion",
     "ThresholdRouter",

@@ -62,6 +62,10 @@ class MoELayer(nn.Module):
         num_shared_experts: Experts beside the others that serve every node with weight 1, as one
             :class:`FeedForward` of their joint width; they do not take part in coupling.
         reasoning_steps: Passes of :class:`IterativeExpert`; 0: plain experts, which are applied once.
+        expert_density: Edges of an expert, as a share of the places of its matrices, in (0, 1]: experts are
+            :class:`~graphmoe.nn.SparseExpert`, which neither reason in steps nor sleep as ghosts; shared
+            experts stay dense. ``None`` or 1: matrices.
+        expert_distribution: How the maps of an expert share its edges: ``uniform``, ``er`` or ``erk``.
         router: ``topk``, by what the token is; ``contextual``, by what all experts say about it;
             ``expert_choice``, by the experts, who take exactly their share of the nodes and must see all of
             them; or ``threshold``, its form that does not look at other nodes. A node then has ``k`` experts
@@ -117,6 +121,8 @@ class MoELayer(nn.Module):
         activation: str = "swiglu",
         num_shared_experts: int = 0,
         reasoning_steps: int = 0,
+        expert_density: float | None = None,
+        expert_distribution: str = "uniform",
         router: str = "topk",
         router_hidden_channels: int | None = None,
         router_kwargs: Mapping | None = None,
@@ -154,6 +160,9 @@ class MoELayer(nn.Module):
         if router == "expert_choice" and capacity_factor is not None:
             what = "experts that choose take exactly their share"
             raise ConfigError(what, "capacity_factor", "None, or one in router_kwargs", capacity_factor)
+        if num_ghosts and expert_density not in (None, 1):
+            what = "ghosts are slices of stacked matrices"
+            raise ConfigError(what, "num_ghosts", "0 with expert_density", num_ghosts)
         if num_shared_experts < 0:
             what = "negative number of experts"
             raise ConfigError(what, "num_shared_experts", "at least 0", num_shared_experts)
@@ -169,8 +178,10 @@ class MoELayer(nn.Module):
         options |= router_kwargs or {}
         self.router = resolve_router(router, in_channels, total, self.k, **options)
         hidden_channels = hidden_channels or 4 * in_channels
-        sizes = (in_channels, hidden_channels, total)
-        self.experts = resolve_experts(*sizes, activation=activation, steps=reasoning_steps)
+        self.experts = resolve_experts(
+            in_channels, hidden_channels, total, activation=activation, steps=reasoning_steps,
+            density=expert_density, distribution=expert_distribution,
+        )  # fmt: skip
         self.num_shared_experts, self.shared = num_shared_experts, None
         if num_shared_experts:
             width = num_shared_experts * hidden_channels

@@ -16,6 +16,8 @@ from graphmoe.nn.route import (
     ThresholdRouter,
     TopKRouter,
 )
+from graphmoe.nn.sparse.density import DISTRIBUTIONS, require_density
+from graphmoe.nn.sparse_expert import SparseExpert
 
 COUPLINGS = ("none", "gnn", "hyper", "collab")
 _ROUTERS = {
@@ -48,13 +50,30 @@ def resolve_router(name: str, in_channels: int, num_experts: int, k: int, **opti
 
 
 def resolve_experts(
-    in_channels: int, hidden_channels: int, num_experts: int, *, activation: str, steps: int
-) -> ExpertConv:
-    """Experts that are applied once (``steps=0``), or in an iterative reasoning loop.
+    in_channels: int,
+    hidden_channels: int,
+    num_experts: int,
+    *,
+    activation: str,
+    steps: int,
+    density: float | None,
+    distribution: str,
+) -> ExpertConv | SparseExpert:
+    """Experts that are applied once (``steps=0``), or in an iterative reasoning loop; with a ``density``
+    below 1 their weights are edges.
 
     Raises:
-        ConfigError: A negative number of steps, or an unknown activation.
+        ConfigError: A negative number of steps, an unknown activation or distribution, a density outside
+            (0, 1], or sparse experts that reason.
     """
+    if density is not None and density != 1:
+        require_density(density, "expert_density")
+        _known("expert_distribution", distribution, DISTRIBUTIONS)
+        if steps:
+            what = "sparse experts are applied once"
+            raise ConfigError(what, "reasoning_steps", "0 with expert_density", steps)
+        return SparseExpert(in_channels, hidden_channels, num_experts, density=density,
+                            distribution=distribution, activation=activation)  # fmt: skip
     if steps == 0:
         return ExpertConv(in_channels, hidden_channels, num_experts, activation=activation)
     return IterativeExpert(in_channels, hidden_channels, num_experts, activation=activation, steps=steps)

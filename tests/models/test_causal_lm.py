@@ -42,6 +42,11 @@ OPTIONS += [
     ("none", "all_pairs", 2, 0, {"num_memory_slots": 6, "num_memory_slots_per_tok": 2}),
     ("gnn", "all_pairs", 3, 2, {"num_memory_slots": 3, "num_memory_slots_per_tok": 3, "post_norm": 0.2}),
 ]
+SPARSE = {"expert_density": 0.4, "orthogonality_weight_coef": 0.0}
+OPTIONS += [
+    ("none", "all_pairs", 2, 0, SPARSE),
+    ("gnn", "all_pairs", 3, 0, {**SPARSE, "expert_distribution": "erk", "num_shared_experts": 1}),
+]
 # Mixture of Collaboration: coupling, (unused) strategy, k, ghosts, options. Capacity drops in training only.
 COLLAB = {"fusion": "gated", "collab_heads": 4}
 OPTIONS += [
@@ -446,6 +451,10 @@ def test_active_parameters():
         ({"coupling": "collab", "fusion": "gated", "coupling_norm": True}, "coupling_norm"),
         ({"fusion": "gated", "fusion_projection": True}, "fusion_projection"),
         ({"reasoning_steps": -1}, "reasoning_steps: no step"),
+        (SPARSE, "num_ghosts: ghosts are slices of stacked matrices"),
+        ({"expert_density": 0.4}, "orthogonality_weight_coef: edges of different experts"),
+        ({**SPARSE, "expert_density": 2, "ghosts": 0}, "expert_density: no share"),
+        ({**SPARSE, "num_experts": 1, "k": 1, "coupling": "none", "ghosts": 0}, "only experts of a mixture"),
         ({"capacity_factor": 0}, "capacity_factor"),
         ({"router": "contextual", "ghosts": 1}, "num_ghosts"),
         ({"router_noise_std": -1}, "router_noise_std"),
