@@ -10,7 +10,7 @@ import torch
 BUDGET = 8.0
 """Seconds of timed rounds a function may take; a slow one gets fewer rounds, at least 3."""
 
-SHORT = 0.05
+SHORT = 0.2
 """Seconds below which a turn is many calls, the first of them not timed: in a training loop a step follows
 its like, not one of a larger function that has taken all caches."""
 
