@@ -47,7 +47,7 @@ class SetConfig(RewireFlags, RunConfig):
     epsilon: float | None = flag(
         None, "instead of density: edges a neuron, epsilon (i + o) in a layer of i x o places"
     )
-    distribution: str = flag("uniform", f"how layers share them: {', '.join(DISTRIBUTIONS)}")
+    distribution: str = flag("er", f"how layers share them: {', '.join(DISTRIBUTIONS)}")
     dense_output: bool = flag(True, "give the last layer all its edges, which count")
     dropout: float = flag(0.2, "dropout behind hidden layers")
 
