@@ -27,7 +27,9 @@ def write_model(path: Path, model: torch.nn.Module, weights: Mapping[str, Tensor
         weights: What stands for the weights of a model that holds slices of them only.
     """
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained(path.parent, state_dict=None if weights is None else dict(weights))
+        whole = None if weights is None else dict(weights)
+        # Under the names that the model has now, not those of older files of its kind: load_model reads them.
+        model.save_pretrained(path.parent, state_dict=whole, save_original_format=False)
         return
     unique: dict[tuple, str] = {}
     tensors = _model_tensors(model) if weights is None else weights

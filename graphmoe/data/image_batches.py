@@ -7,25 +7,26 @@ from graphmoe.errors import DataError
 
 
 class ImageBatches:
-    """Batches of images, each moved by a random number of pixels, in an order that depends on the seed only.
+    """Batches of images, each moved and maybe mirrored at random, in an order that depends on the seed only.
 
     What a batch holds is a pure function of ``(seed, index, size)`` and its ``slots``. Every epoch has its
     own permutation; images that do not fill its last batch are left out of it, other ones each time.
 
     Args:
         data: The images; those of its training part are served.
-        seed: Of the order and the shifts.
+        seed: Of the order, the shifts and the flips.
         shift: Most pixels that an image is moved, up or down and to a side; what comes in is 0.
+        flip: Whether every other image, at random, is mirrored: left is right.
 
     Raises:
         DataError: A negative shift, or one as large as the image.
     """
 
-    def __init__(self, data: ImageData, *, seed: int = 0, shift: int = 0):
+    def __init__(self, data: ImageData, *, seed: int = 0, shift: int = 0, flip: bool = False):
         height = min(data.image_shape[1:])
         if not 0 <= shift < height:
             raise DataError("no shift of these images", "--shift", f"from 0 to {height - 1}", shift)
-        self.data, self.seed, self.shift = data, seed, shift
+        self.data, self.seed, self.shift, self.flip = data, seed, shift, flip
         pad = ((0, 0), (0, 0), (shift, shift), (shift, shift))
         padded = np.pad(data.train.images, pad)
         windows = np.lib.stride_tricks.sliding_window_view(padded, data.image_shape[1:], axis=(2, 3))
@@ -51,4 +52,8 @@ class ImageBatches:
         rows = self._epoch[1][place * size : (place + 1) * size][slots]
         random = np.random.default_rng(np.random.SeedSequence([self.seed, 1, index]))
         down, right = random.integers(0, 2 * self.shift + 1, (2, size))[:, slots]
-        return self.data.normalise(self._windows[rows, down, right]), self.data.train.labels[rows]
+        images = self._windows[rows, down, right]
+        if self.flip:
+            mirrored = random.integers(0, 2, size)[slots].astype(bool)
+            images[mirrored] = images[mirrored, ..., ::-1]
+        return self.data.normalise(images), self.data.train.labels[rows]

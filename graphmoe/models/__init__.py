@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PreTrainedModel,
+    ViTForImageClassification,
 )
 
 from graphmoe.checkpoint import latest
@@ -78,6 +79,7 @@ _CLASSES = {
         MocaForTokenPrediction,
         PrototypicalNetwork,
         SparseMLP,
+        ViTForImageClassification,
     )
 }
 """What :func:`load` can build, by the name that stands in ``config.json``."""

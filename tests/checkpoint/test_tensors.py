@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
-from graphmoe import checkpoint
+from graphmoe import checkpoint, load
 from graphmoe.errors import CheckpointError
 
 OPTIMIZERS = {
@@ -241,3 +242,23 @@ def test_state_without_a_step_changes_nothing(tmp_path, step):
     with pytest.raises(CheckpointError, match=r"state\.json: state has no step; expected an integer"):
         checkpoint.restore(step_dir, model=model, optimizer=optimizer)
     assert bits(model, optimizer) == before
+
+
+def test_models_whose_older_files_have_other_names_go_on(tmp_path):
+    config = ViTConfig(
+        image_size=4,
+        patch_size=2,
+        hidden_size=4,
+        intermediate_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    model, other = ViTForImageClassification(config), ViTForImageClassification(config)
+    step_dir = save(tmp_path, 1, (model, OPTIMIZERS["adamw"](model.parameters())))
+    checkpoint.restore(step_dir, model=other)
+    loaded = load(step_dir)
+    assert type(loaded) is ViTForImageClassification
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]) and torch.equal(
+            weight, loaded.state_dict()[name]
+        )

@@ -126,6 +126,22 @@ def test_images_are_moved_by_at_most_the_shift(folder):
     assert len(seen) == 9
 
 
+def test_some_images_are_mirrored(folder):
+    data = load_images("mnist", folder)
+    plain, flipped = ImageBatches(data, seed=3), ImageBatches(data, seed=3, flip=True)
+    mirrored = []
+    for index in range(10):
+        slots = slice(0, 4)
+        for image, turned in zip(
+            plain.batch(index, 4, slots)[0], flipped.batch(index, 4, slots)[0], strict=True
+        ):
+            mirrored.append(np.array_equal(turned, image[..., ::-1]))
+            assert mirrored[-1] or np.array_equal(turned, image)
+        parts = [flipped.batch(index, 4, slice(start, start + 2))[0] for start in (0, 2)]
+        assert np.array_equal(np.concatenate(parts), flipped.batch(index, 4, slots)[0])
+    assert 10 <= sum(mirrored) <= 30
+
+
 def damaged(folder, change):
     path = folder / "mnist" / STEMS[1]
     path.write_bytes(change(path.read_bytes()))
