@@ -6,7 +6,7 @@ None of them is scaled; the caller multiplies by its own coefficient.
 import torch
 from torch import Tensor, distributed
 
-from graphmoe.typing import NEVER, Record, Routing
+from graphmoe.typing import NEVER, MemoryRecord, Record, Routing
 
 
 def load(routing: Routing) -> Tensor:
@@ -15,11 +15,11 @@ def load(routing: Routing) -> Tensor:
     return counts / counts.sum().clamp(min=1)
 
 
-def wanted(record: Record) -> Tensor:
-    """Edges that the router gave each expert, ``[E]`` int64: those served and those a capacity limit
-    dropped."""
-    counts = record.routing.ptr.diff()
-    return counts if record.overflow is None else counts + record.overflow.sum(dim=0)
+def wanted(record: Record | MemoryRecord) -> Tensor:
+    """Edges that the router gave each expert or slot, ``[E]`` int64: those there are and those a capacity
+    limit dropped."""
+    counts, overflow = record.routing.ptr.diff(), getattr(record, "overflow", None)
+    return counts if overflow is None else counts + overflow.sum(dim=0)
 
 
 def over_ranks(counts: Tensor) -> Tensor:

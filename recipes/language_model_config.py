@@ -66,6 +66,7 @@ class LanguageModelConfig(CollaborationConfig):
     num_memory_slots: int = flag(0, "slots that a block keeps for each sequence; 0 for no memory")
     num_memory_slots_per_tok: int = flag(2, "slots that a token reads and writes")
     num_memory_heads: int = flag(4, "attention heads that read from slots")
+    memory_aux_loss_coef: float = flag(0.01, "weight of the load-balancing loss of slots")
     coupling: str = flag("none", "how the experts of a token talk: none, gnn, hyper or collab")
     coupling_layers: int | None = flag(
         None, "rounds of coupling; 1 for hyper and else 2 without it", aliases=["--moc_collab_steps"]

@@ -77,21 +77,23 @@ class GraphMoEModel(GraphMoEPreTrainedModel):
         policy = self._checkpoint_policy()
         shared = {"mask": mask, "present": present, "cache": cache, "recompute": policy == "ffn"}
         shared |= {"rounds": collab_rounds, "steps": reasoning_steps}
-        states, records = [x], []
+        states, records, remembered = [x], [], []
         for index, layer in enumerate(self.layers):
             options = {**shared, "layer": index}
             if policy == "block":
-                x, record = checkpoint(layer, x, position, use_reentrant=False, **options)
+                x, *did = checkpoint(layer, x, position, use_reentrant=False, **options)
             else:
-                x, record = layer(x, position, **options)
+                x, *did = layer(x, position, **options)
             states.append(x)
-            if record is not None:
-                records.append(record)
+            for kept, record in zip((records, remembered), did, strict=True):
+                if record is not None:
+                    kept.append(record)
         return GraphMoEModelOutput(
             last_hidden_state=self.norm(x),
             cache=cache,
             hidden_states=tuple(states) if output_hidden_states else None,
             records=tuple(records),
+            memory_records=tuple(remembered),
         )
 
     def _checkpoint_policy(self) -> str:
@@ -159,9 +161,10 @@ class GraphMoEForCausalLM(AuxLosses, GraphMoEPreTrainedModel, GenerationMixin):
             logits = self.lm_head(x)
         else:
             lm_loss, logits = next_token_loss(self.lm_head, x, labels, self.loss_function, **kwargs)
-            aux = self.aux_losses(outputs.records, outputs.last_hidden_state, attention_mask)
+            aux = self.aux_losses(outputs, attention_mask)
             total = self.with_aux_losses(lm_loss, aux)
         records = outputs.records
+        wanted = self.config.output_records if output_records is None else output_records
         return GraphMoECausalLMOutput(
             loss=total,
             logits=logits,
@@ -170,7 +173,6 @@ class GraphMoEForCausalLM(AuxLosses, GraphMoEPreTrainedModel, GenerationMixin):
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             router_logits=tuple(r.routing.logits for r in records) if output_router_logits else None,
-            records=records
-            if (self.config.output_records if output_records is None else output_records)
-            else None,
+            records=records if wanted else None,
+            memory_records=outputs.memory_records if wanted else None,
         )

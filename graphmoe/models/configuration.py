@@ -75,6 +75,7 @@ class GraphMoEConfig(PreTrainedConfig):
         ghost_window: Optimiser steps that saturation averages over.
         router_aux_loss_coef: Weight of the load-balancing loss.
         router_z_loss_coef: Weight of the router z-loss.
+        memory_aux_loss_coef: Weight of the load-balancing loss of memory slots.
         drop_penalty_coef: Weight of the probability of edges that a capacity limit dropped.
         diversity_coef: Weight of the negative entropy of the attention of ``collab``.
         orthogonality_output_coef: Weight of the orthogonality of mean expert outputs.
@@ -161,6 +162,7 @@ class GraphMoEConfig(PreTrainedConfig):
     ghost_window: int = 100
     router_aux_loss_coef: float | int = 0.01
     router_z_loss_coef: float | int = 0.001
+    memory_aux_loss_coef: float | int = 0.01
     drop_penalty_coef: float | int = 0.001
     diversity_coef: float | int = 0.0
     orthogonality_output_coef: float | int = 0.0
@@ -224,8 +226,8 @@ class GraphMoEConfig(PreTrainedConfig):
 
     def _check_coefficients(self) -> None:
         orthogonality = ("orthogonality_output_coef", "orthogonality_weight_coef")
-        plain = ("router_aux_loss_coef", "router_z_loss_coef", "drop_penalty_coef", "diversity_coef")
-        for name in (*plain, *orthogonality):
+        routers = ("router_aux_loss_coef", "router_z_loss_coef", "memory_aux_loss_coef")
+        for name in (*routers, "drop_penalty_coef", "diversity_coef", *orthogonality):
             if not getattr(self, name) >= 0:
                 raise ConfigError("negative weight of a loss", name, ">= 0", getattr(self, name))
         if self.diversity_coef and (self.coupling != "collab" or self.coupling_layers == 0):

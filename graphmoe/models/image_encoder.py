@@ -89,5 +89,5 @@ class PatchEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.patches(images).flatten(2).transpose(1, 2) + self.position.weight  # [N, T, D]
         for block in self.blocks:
-            x, _ = block(x)
+            x, *_ = block(x)
         return self.lin(self.norm(x).mean(dim=1))

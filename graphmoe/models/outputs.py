@@ -4,7 +4,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-from graphmoe.typing import Record
+from graphmoe.typing import MemoryRecord, Record
 
 
 @dataclass
@@ -15,6 +15,7 @@ class GraphMoEModelOutput(ModelOutput):
     cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     records: tuple[Record, ...] | None = None
+    memory_records: tuple[MemoryRecord, ...] | None = None
 
 
 @dataclass
@@ -28,6 +29,7 @@ class GraphMoECausalLMOutput(ModelOutput):
         aux_losses: Unscaled auxiliary losses, averaged over layers, by name.
         router_logits: Router scores of each layer, ``[B * T, E]``.
         records: What each MoE layer did, with ``output_records=True``.
+        memory_records: What the memory of each block did, with ``output_records=True``.
     """
 
     loss: Tensor | None = None
@@ -38,6 +40,7 @@ class GraphMoECausalLMOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     records: tuple[Record, ...] | None = None
+    memory_records: tuple[MemoryRecord, ...] | None = None
 
 
 @dataclass
@@ -52,6 +55,7 @@ class GraphMoESequenceClassifierOutput(ModelOutput):
         hidden_states: What entered the first block and left each, ``[B, T, D]``.
         router_logits: Router scores of each layer, ``[B * T, E]``.
         records: What each MoE layer did, with ``output_records=True``.
+        memory_records: What the memory of each block did, with ``output_records=True``.
     """
 
     loss: Tensor | None = None
@@ -61,3 +65,4 @@ class GraphMoESequenceClassifierOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     records: tuple[Record, ...] | None = None
+    memory_records: tuple[MemoryRecord, ...] | None = None

@@ -75,7 +75,7 @@ class GraphMoEForSequenceClassification(AuxLosses, GraphMoEPreTrainedModel):
         total = task = aux = None
         if labels is not None:
             task = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-            aux = self.aux_losses(outputs.records, x, attention_mask)
+            aux = self.aux_losses(outputs, attention_mask)
             total = self.with_aux_losses(task, aux)
         records = outputs.records
         wanted = self.config.output_records if output_records is None else output_records
@@ -87,6 +87,7 @@ class GraphMoEForSequenceClassification(AuxLosses, GraphMoEPreTrainedModel):
             hidden_states=outputs.hidden_states,
             router_logits=tuple(r.routing.logits for r in records) if output_router_logits else None,
             records=records if wanted else None,
+            memory_records=outputs.memory_records if wanted else None,
         )
 
 

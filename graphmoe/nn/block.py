@@ -8,7 +8,7 @@ from graphmoe.nn.expert import FeedForward
 from graphmoe.nn.memory_layer import MemoryLayer
 from graphmoe.nn.moe import MoELayer
 from graphmoe.nn.norm import RMSNorm
-from graphmoe.typing import Record
+from graphmoe.typing import MemoryRecord, Record
 
 
 class Block(nn.Module):
@@ -41,7 +41,8 @@ class Block(nn.Module):
           bool, False for padding, which is not routed; ``rounds`` and
           ``steps`` as in :class:`MoELayer`; ``recompute``: keep nothing of the second branch for the backward
           pass, but compute it again.
-        - **output:** ``(x [B, T, D], Record or None)``.
+        - **output:** ``x [B, T, D]``; :class:`~graphmoe.typing.Record` of the mixture, and
+          :class:`~graphmoe.typing.MemoryRecord` of the memory, each ``None`` without one.
 
     Raises:
         ConfigError: A router that looks at other tokens beside attention that must not see the future.
@@ -89,24 +90,28 @@ class Block(nn.Module):
         rounds: int | None = None,
         steps: int | None = None,
         recompute: bool = False,
-    ) -> tuple[Tensor, Record | None]:
+    ) -> tuple[Tensor, Record | None, MemoryRecord | None]:
         heard = self.attend(self.attend_norm(x), position=position, mask=mask, cache=cache, layer=layer)
-        x = x + self.dropout(heard)
+        x, remembered = x + self.dropout(heard), None
         if self.memory is not None:
-            x = x + self.dropout(self._remember(x, present, cache, layer))
+            read, remembered = self._remember(x, present, cache, layer)
+            x = x + self.dropout(read)
         if recompute:
             added, record = checkpoint(self._feed_forward, x, present, rounds, steps, use_reentrant=False)
         else:
             added, record = self._feed_forward(x, present, rounds, steps)
-        return x + self.dropout(added), record
+        return x + self.dropout(added), record, remembered
 
-    def _remember(self, x: Tensor, present: Tensor | None, cache: object | None, layer: int) -> Tensor:
-        """What the tokens read of the memory, before dropout; what they wrote is left in the cache."""
+    def _remember(
+        self, x: Tensor, present: Tensor | None, cache: object | None, layer: int
+    ) -> tuple[Tensor, MemoryRecord]:
+        """What the tokens read of the memory, before dropout, and what it did; what they wrote is left in the
+        cache."""
         state = None if cache is None else cache.layers[layer].memory
-        read, state, _ = self.memory(self.memory_norm(x), present, state)
+        read, state, record = self.memory(self.memory_norm(x), present, state)
         if cache is not None:
             cache.layers[layer].memory = state
-        return read
+        return read, record
 
     def _feed_forward(
         self, x: Tensor, present: Tensor | None, rounds: int | None, steps: int | None
