@@ -23,6 +23,7 @@ from analysis.hyperedges import hyperedge_weights
 from analysis.hypergraph import hypergraph
 from analysis.inference import inference_knobs
 from analysis.load import drop_rate, expert_load, expert_load_over_time
+from analysis.lottery import has_lottery, has_ticket_pixels, lottery_curve, ticket_layers, ticket_pixels
 from analysis.memory import copy_accuracy, has_copies, has_memory, has_slot_load, memory_map, slot_load
 from analysis.orthogonality import orthogonality
 from analysis.routing import is_compared, is_routed
@@ -81,6 +82,9 @@ PLOTS: dict[Plot, Callable[[RunRecord], bool]] = {
     degree_distribution: has_feeds,
     sparse_mask: has_feeds,
     pixel_importance: has_pixels,
+    lottery_curve: has_lottery,
+    ticket_layers: has_lottery,
+    ticket_pixels: has_ticket_pixels,
     routing_load: is_routed,
     routing_tokens: is_routed,
     routing_graph: is_compared,

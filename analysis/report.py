@@ -134,9 +134,9 @@ def _headline(result: dict) -> list[dict[str, str]]:
     metrics, baseline, chance = (_mapping(result.get(key)) for key in ("metrics", "baseline", "chance"))
     rows = []
     for name in dict.fromkeys([*metrics, *baseline, *chance]):
-        if name == "name":
-            continue
         value, reference = metrics.get(name), baseline.get(name)
+        if name == "name" or isinstance(value, list | dict):  # a curve is a picture
+            continue
         change = ""
         if is_number(value) and is_number(reference) and reference:
             change = f"{100 * (value / reference - 1):+.1f} %".replace("-", "−")
