@@ -254,7 +254,8 @@ def test_models_whose_older_files_have_other_names_go_on(tmp_path):
         num_attention_heads=1,
     )
     model, other = ViTForImageClassification(config), ViTForImageClassification(config)
-    step_dir = save(tmp_path, 1, (model, OPTIMIZERS["adamw"](model.parameters())))
+    optimizer = torch.optim.SGD(model.parameters())
+    step_dir = checkpoint.save(tmp_path, 1, model=model, optimizer=optimizer, state={"step": 1})
     checkpoint.restore(step_dir, model=other)
     loaded = load(step_dir)
     assert type(loaded) is ViTForImageClassification
