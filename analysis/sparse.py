@@ -62,15 +62,22 @@ def has_pixels(record: RunRecord) -> bool:
 
 @style.styled
 def edge_survival(record: RunRecord) -> Figure:
-    """Edges of each sparse layer over time, and the share of the first ones that are still there."""
+    """Density of each sparse layer over time, and the share of the first edges that are still there; of a run
+    that has not ended, which does not know the sizes, edges instead of the density."""
     at, edges, left = steps(record), series(record, "sparse_edges"), series(record, "sparse_survival")
+    counts, unit = edges / 1000, "edges, thousands"
+    if has_feeds(record):
+        counts, unit = (
+            100 * edges / np.array([math.prod(layer.size) for layer in feeds(record)]),
+            "density, %",
+        )
     fig = style.new_figure(10.2, 3.3, "Edges while the model was trained")
     axes, colours = style.panels(fig, 2, 2), layer_colours(edges.shape[1])
-    for ax, values in zip(axes, (edges / 1000, 100 * left), strict=True):
+    for ax, values in zip(axes, (counts, 100 * left), strict=True):
         layer_lines(ax, at, values, colours)
         from_zero(ax, values)
     axes[0].set_title("constant" if (edges == edges[0]).all() else "NOT constant")
-    axes[0].set_ylabel("edges, thousands")
+    axes[0].set_ylabel(unit)
     axes[1].set_title(f"at the end {100 * left[-1].mean():.0f} %, mean over layers")
     axes[1].set_ylabel("first edges still there, %")
     layer_legend(fig, colours)
@@ -86,6 +93,7 @@ def edge_ages(record: RunRecord) -> Figure:
     most = max(int(layer.age.max()) for layer in layers)
     for layer, colour in zip(layers, colours, strict=True):
         share = np.bincount(layer.age, minlength=most + 1) / len(layer.age)
+        share[share == 0] = np.nan  # a gap, not a fall to the bottom of the logarithmic axis
         ax.plot(np.arange(most + 1), share, color=colour, marker="o", markersize=3, linewidth=1.2)
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{style.amount(100 * share)} %"))
@@ -122,25 +130,25 @@ def degree_distribution(record: RunRecord) -> Figure:
 
 @style.styled
 def sparse_mask(record: RunRecord) -> Figure:
-    """Where the edges of each sparse layer are; large layers as edges a place in blocks of neurons."""
+    """Where the edges of each sparse layer are; large layers as edges a place in blocks of neurons. Each
+    layer has its own scale: small ones are denser."""
     layers = feeds(record)
     shown = style.shown_layers(len(layers))
     rows, columns = style.grid_shape(len(shown), 3.4)
     fig = style.new_figure(3.4 * columns + 1.0, 3.2 * rows + 0.6, "Places of the edges")
-    blocks = [block_density(layers[index]) for index in shown]
-    norm = Normalize(0, max(float(block.max()) for block in blocks))
-    axes = style.panels(fig, len(shown), columns)
-    for ax, index, block in zip(axes, shown, blocks, strict=True):
+    for ax, index in zip(style.panels(fig, len(shown), columns), shown, strict=True):
         layer = layers[index]
+        block = 100 * block_density(layer)
         extent = (0, layer.size[0], layer.size[1], 0)
-        image = ax.imshow(100 * block, cmap="cividis", norm=Normalize(0, 100 * norm.vmax), aspect="auto",
+        image = ax.imshow(block, cmap="cividis", norm=Normalize(0, block.max()), aspect="auto",
                           extent=extent, interpolation="nearest")  # fmt: skip
         ax.grid(False)
         ax.set_title(f"layer {index}: {len(layer.source):,} edges, {100 * layer.density:.2f} %")
         ax.set_xlabel("source")
         ax.set_ylabel("target")
-    bar = fig.colorbar(image, ax=axes, label="places with an edge, %")
-    bar.outline.set_visible(False)
+        bar = fig.colorbar(image, ax=ax)
+        bar.outline.set_visible(False)
+    bar.set_label("places with an edge, %")
     return fig
 
 
@@ -154,13 +162,10 @@ def pixel_importance(record: RunRecord) -> Figure:
     even = len(layer.source) / layer.size[0]
     names = (f"edges; {even:.1f} would be even", "sum of absolute weights")
     for ax, values, name in zip(style.panels(fig, 2, 2), (degree, strength), names, strict=True):
-        # Colours of a pixel are three sources.
-        image = style.heatmap(
-            ax,
-            values.reshape(shape).sum(0),
-            cmap="cividis",
-            norm=Normalize(0, max(1e-9, values.reshape(shape).sum(0).max())),
-        )
+        pixels = values.reshape(shape).sum(0)  # colours of a pixel are three sources
+        # From the least on: pixels that are all alike would hide what differs.
+        norm = Normalize(pixels.min(), max(pixels.max(), pixels.min() + 1e-9))
+        image = style.heatmap(ax, pixels, cmap="cividis", norm=norm)
         ax.set_xticks([])
         ax.set_yticks([])
         ax.set_title(name)
@@ -212,11 +217,12 @@ def block_density(layer: Feeds) -> np.ndarray:
 
 def _degrees(ax: Axes, degree: np.ndarray, layer: Feeds) -> None:
     """A histogram, and the numbers that edges drawn at random give in the mean."""
-    most, trials = int(degree.max()), len(layer.source) / layer.density / len(degree)
-    width = max(1, (most + 1) // 60)
-    edges = np.arange(0, most + width + 1, width) - 0.5
+    least, most = int(degree.min()), int(degree.max())
+    trials = len(layer.source) / layer.density / len(degree)
+    width = max(1, (most - least + 1) // 40)
+    edges = np.arange(least, most + width + 1, width) - 0.5
     ax.hist(degree, bins=edges, color=style.BLUE, alpha=0.8)
-    at = np.arange(most + 1)
+    at = np.arange(least, most + 1)
     ax.plot(
         at, width * len(degree) * _binomial(at, trials, layer.density), "--", color=style.INK, linewidth=1.2
     )

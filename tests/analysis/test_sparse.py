@@ -58,6 +58,7 @@ def test_a_sparse_run_has_its_pictures_and_a_dense_one_none(record):
 def test_edges_over_time(record):
     figure = draw(record, "edge_survival")
     edges, left = figure.axes[:2]
+    assert edges.lines[0].get_ydata() == pytest.approx([25.0] * 5) and edges.get_ylabel() == "density, %"
     assert edges.get_title() == "constant" and left.get_title().startswith("at the end 60 %")
     assert left.lines[1].get_ydata() == pytest.approx(100 * record.records["sparse_survival"][:, 1])
     moved = record.records["sparse_edges"].copy()
@@ -69,6 +70,8 @@ def test_ages_are_shares_of_a_layer(record):
     lines = draw(record, "edge_ages").axes[0].lines
     for layer, line in zip(feeds(record), lines, strict=True):
         assert line.get_ydata() == pytest.approx([(layer.age == age).mean() for age in range(3)])
+    aged = np.where(record.records["final_feeds_age"] == 1, 2, record.records["final_feeds_age"])
+    assert np.isnan(draw(change(record, final_feeds_age=aged), "edge_ages").axes[0].lines[0].get_ydata()[1])
 
 
 def test_degrees_are_counted_beside_chance(record):
@@ -78,7 +81,9 @@ def test_degrees_are_counted_beside_chance(record):
         assert sum(patch.get_height() for patch in ax.patches) == neurons
     # Of edges into 300 targets, each from 12 sources with a chance of a quarter.
     ax = figure.axes[1]
-    assert ax.lines[0].get_ydata()[3] == pytest.approx(300 * 220 * 0.25**3 * 0.75**9, rel=1e-6)
+    at = dict(zip(*ax.lines[0].get_data(), strict=True))
+    assert min(at) == np.bincount(feeds(record)[0].target, minlength=300).min()
+    assert at[3] == pytest.approx(300 * 220 * 0.25**3 * 0.75**9, rel=1e-6)
 
 
 def test_masks_count_the_places_of_a_block(record):
@@ -91,7 +96,9 @@ def test_masks_count_the_places_of_a_block(record):
     dense = np.zeros((8, 12))
     dense[small.target, small.source] = 1
     assert np.array_equal(block_density(small), dense)
-    titles = [ax.get_title() for ax in draw(record, "sparse_mask").axes[:2]]
+    axes = draw(record, "sparse_mask").axes[:2]
+    assert [ax.images[0].norm.vmax for ax in axes] == [100, 100 * block_density(second).max()]
+    titles = [ax.get_title() for ax in axes]
     assert titles == ["layer 0: 900 edges, 25.00 %", "layer 1: 600 edges, 25.00 %"]
 
 
