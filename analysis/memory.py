@@ -34,7 +34,8 @@ def has_copies(record: RunRecord) -> bool:
 
 @style.styled
 def memory_map(record: RunRecord) -> Figure:
-    """What each token of one sequence wrote into and read from each slot; a red tick is a wrong answer.
+    """What each token of one sequence wrote into and read from each slot of the first memory; where tokens
+    were asked to recall, a red tick is a wrong answer.
 
     Slots stand in the order in which tokens first wrote them, so that a memory that gives every place a slot
     of its own shows two diagonals: written before the delimiter (dotted), read behind it.
@@ -45,7 +46,8 @@ def memory_map(record: RunRecord) -> Figure:
     wrong = np.flatnonzero(asked & (answers != wanted))
     right = int(asked.sum()) - len(wrong)
     steps, slots = write.shape
-    title = f"Memory of one sequence: {right} of {int(asked.sum())} tokens recalled"
+    what = f"{right} of {int(asked.sum())} tokens recalled" if asked.any() else "the first memory"
+    title = f"Memory of one sequence: {what}"
     fig = style.new_figure(10.5, float(np.clip(0.09 * slots, 2.2, 4.5)) * 2 + 1.1, title)
     axes = fig.subplots(2, 1, sharex=True)
     parts = ((write, "written: routing weight times gate"), (read, "read: attention, mean over heads"))
@@ -68,20 +70,25 @@ def memory_map(record: RunRecord) -> Figure:
 
 @style.styled
 def slot_load(record: RunRecord) -> Figure:
-    """Share of the edges of held-out sequences that each slot has, beside an even share (dotted)."""
-    share = record.records["final_memory_load"].astype(float)
-    if share.ndim != 1 or not len(share):
-        raise CheckpointError("not one load a slot", "final_memory_load", "[S]", share.shape)
-    fig = style.new_figure(8.0, 3.2, "Load of the memory slots")
-    ax = fig.subplots()
-    ax.bar(np.arange(len(share)), 100 * share, color=style.BLUE, width=0.85)
-    ax.axhline(100 / len(share), color=style.INK, linestyle=":", linewidth=1.2)
-    unused = int((share < 0.1 / len(share)).sum())
-    ax.set_title(f"most {100 * share.max():.1f} %, even {100 / len(share):.1f} %; nearly unused: {unused}")
-    ax.set_xlabel("slot")
-    ax.set_ylabel("edges, %")
-    ax.grid(False, axis="x")
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    """Share of the edges of held-out sequences that each slot of each memory has, beside an even share
+    (dotted)."""
+    shares = record.records["final_memory_load"].astype(float)
+    if shares.ndim not in (1, 2) or not shares.size:
+        raise CheckpointError("not one load a slot", "final_memory_load", "[S] or [L, S]", shares.shape)
+    shares = np.atleast_2d(shares)
+    fig = style.new_figure(8.0, 1.7 * len(shares) + 1.5, "Load of the memory slots")
+    axes = fig.subplots(len(shares), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for layer, (ax, share) in enumerate(zip(axes, shares, strict=True)):
+        even = 1 / len(share)
+        ax.bar(np.arange(len(share)), 100 * share, color=style.BLUE, width=0.85)
+        ax.axhline(100 * even, color=style.INK, linestyle=":", linewidth=1.2)
+        unused = int((share < 0.1 * even).sum())
+        text = f"most {100 * share.max():.1f} %, even {100 * even:.1f} %; nearly unused: {unused}"
+        ax.set_title(text if len(shares) == 1 else f"block {layer}: {text}")
+        ax.set_ylabel("edges, %")
+        ax.grid(False, axis="x")
+    axes[-1].set_xlabel("slot")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     return fig
 
 

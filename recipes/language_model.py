@@ -19,6 +19,7 @@ from graphmoe.train import callbacks as on
 from graphmoe.train.collaboration import probe_collaboration, probe_inference
 from graphmoe.train.evaluate import expert_summary, mean_loss, probe_experts, window_losses
 from graphmoe.train.loop import Callback, TrainState
+from graphmoe.train.memory import memory_summary, probe_memory
 from graphmoe.train.orthogonality import AdaptiveOrthogonality, OrthogonalityWarmup
 from graphmoe.train.parallel import refuse_shards
 from graphmoe.train.ranks import mean_of_shares
@@ -155,7 +156,8 @@ class LanguageModelJob(frame.Job):
         # Slices of a model can be trained and scored by all ranks, but not taken apart by one.
         whole = load(state.run_dir) if state.accelerator.is_fsdp2 else self.model
         probe = self._probe(whole)
-        self.records.write(state, whole, final=probe)
+        slots = probe_memory(whole, self.held_out.sequential(config.final_windows))
+        self.records.write(state, whole, final=probe | slots)
         result = {
             "metrics": scores(corpus, self.scored["loss"]) | {"tokens_per_second": speed(state.run_dir)},
             "chance": scores(corpus, math.log(corpus.vocab_size)),
@@ -164,6 +166,8 @@ class LanguageModelJob(frame.Job):
         } | ghost_steps(state.run_dir)
         if probe:
             result["experts"] = expert_summary(probe) | self.records.summary()
+        if slots:
+            result["memory"] = memory_summary(slots)
         if self.validation is not None:
             result["validation"] = scores(self.validation, self.scored["validation"])
         return result

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from graphmoe.data.copy_task import IGNORE, CopyTask
 from graphmoe.models import MocaForTokenPrediction
-from graphmoe.nn.budget import in_token_order
+from graphmoe.train.memory import slot_map
 
 BATCH = 64
 """Sequences scored at once."""
@@ -87,16 +87,12 @@ def one_sequence(model: MocaForTokenPrediction, task: CopyTask) -> dict[str, Ten
     device = next(model.parameters()).device
     out = model(batch["input_ids"].to(device), output_records=True)
     record = out.layer_records[0].memory
-    k = model.config.num_slots_per_tok
-    slot, weight = (t.cpu() for t in in_token_order(record.routing, k))
-    size = (len(slot), model.config.num_slots + 1)  # a place for absent edges behind the slots
-    write = torch.zeros(size).scatter_(1, slot, weight.float() * record.gate.cpu().float().unsqueeze(1))
-    read = torch.zeros(size).scatter_(1, slot, record.read.cpu().float().mean(dim=1))
+    write, read = slot_map(record, model.config.num_slots_per_tok)
     labels = batch["labels"][0]
     answers = torch.where(labels == IGNORE, IGNORE, out.logits[0].argmax(dim=-1).cpu())
     return {
-        "write": write[:, :-1].contiguous(),
-        "read": read[:, :-1].contiguous(),
+        "write": write.contiguous(),
+        "read": read.contiguous(),
         "tokens": batch["input_ids"][0],
         "answers": answers,
         "slots": out.state.memory[0].slots[0].cpu(),

@@ -63,6 +63,24 @@ def test_load_names_the_even_share_and_what_is_unused():
     assert "even 25.0 %; nearly unused: 1" in figure.axes[0].get_title()
 
 
+def test_every_block_has_its_load():
+    record = run()
+    record.records["final_memory_load"] = np.array([[0.5, 0.5, 0.0, 0.0], [0.25] * 4], np.float32)
+    titles = [ax.get_title() for ax in draw(record, "slot_load").axes]
+    assert titles == [
+        "block 0: most 50.0 %, even 25.0 %; nearly unused: 2",
+        "block 1: most 25.0 %, even 25.0 %; nearly unused: 0",
+    ]
+
+
+def test_a_text_asks_nothing():
+    record = run()
+    record.records["final_memory_answers"] = np.full(7, -100)
+    figure = draw(record, "memory_map")
+    assert figure.get_suptitle() == "Memory of one sequence: the first memory"
+    assert not figure.axes[1].lines
+
+
 def test_accuracy_stands_beside_the_baseline_and_chance():
     ax = draw(run(), "copy_accuracy").axes[0]
     heights = {line.get_label(): list(line.get_ydata()) for line in ax.lines}
@@ -81,7 +99,7 @@ def test_what_does_not_fit_is_named():
     broken.records["final_copy_accuracy"] = np.zeros(2)
     with pytest.raises(CheckpointError, match="final_copy_accuracy: not one accuracy a length"):
         draw(broken, "copy_accuracy")
-    broken.records["final_memory_load"] = np.zeros((2, 2))
+    broken.records["final_memory_load"] = np.zeros((2, 2, 2))
     with pytest.raises(CheckpointError, match="final_memory_load: not one load a slot"):
         draw(broken, "slot_load")
 

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
 from command_line import SMALL, run
 
 import graphmoe
+from graphmoe import checkpoint
+from recipes.memory_lm import WITHOUT
 
 
 def test_both_models_of_a_run(corpus, tmp_path, capsys):
@@ -18,6 +21,15 @@ def test_both_models_of_a_run(corpus, tmp_path, capsys):
     assert result["params_active"] - other["params_active"] == memory > 0
     assert result["flops_per_token"] > other["flops_per_token"]
     assert graphmoe.load(folder / "without_memory").model.layers[0].memory is None
+    records = checkpoint.read(folder).records
+    load = records["final_memory_load"]
+    assert load.shape == (len(result["memory"]["gate"]), 4)
+    assert load.sum(axis=1) == pytest.approx(1, abs=1e-5)
+    assert result["memory"]["max_violation"] == pytest.approx(4 * load.max(axis=1) - 1, abs=1e-5)
+    assert (records["final_memory_write"].sum(axis=1) <= 1 + 1e-5).all()
+    assert records["final_memory_read"].sum(axis=1) == pytest.approx(1, abs=1e-5)
+    assert {"memory_map.png", "slot_load.png"} <= {path.name for path in (folder / "plots").iterdir()}
+    assert "memory" not in json.loads((folder / WITHOUT / "result.json").read_text())
     assert result["sample"] and (folder / "report.html").exists()
     out = capsys.readouterr().out
     assert "with memory: " in out and "without: " in out
