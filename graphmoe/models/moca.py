@@ -21,7 +21,9 @@ class MocaModel(MocaPreTrainedModel):
 
     with :math:`d(t)` the place behind the last delimiter before token ``t`` and :math:`\phi(t)` the number of
     those: a token is found where one of the same place was written, however long the sequence was. Nothing
-    else crosses from token to token but the memory. Memories with a key have :math:`P` as theirs.
+    else crosses from token to token but the memory. Memories with a key have :math:`P` as theirs. Where there
+    are several phases all :math:`f` start at 0: routers would else send a place to one slot when it is
+    written and to another when it is read, and no gradient reaches slots that were not chosen.
 
     ``budget_strength`` is a buffer, a factor of the floor of edges and of the budget loss, which a training
     callback may move; it starts at 1.

@@ -44,6 +44,9 @@ class MocaPreTrainedModel(PreTrainedModel):
             init.ones_(module.lin_gate.bias)
         elif isinstance(module, MocaLayer) and module.budget is not None:
             init.constant_(module.budget[2].bias, 3.0)
+        # What is read is found if the router sends a place to one slot in all phases, so they start alike.
+        elif getattr(module, "phase", None) is not None and self.config.num_phases > 1:
+            init.zeros_(module.phase.weight)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside transformers this skips modules without tensors of their own, such as layers.

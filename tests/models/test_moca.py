@@ -48,6 +48,17 @@ def test_contract(name):
     assert 0 < model.num_active_parameters() <= sum(p.numel() for p in model.parameters())
 
 
+def test_a_place_starts_in_the_same_slots_in_all_phases():
+    """Where nothing else differs: routers that send reads elsewhere than writes do not learn better."""
+    model = build(num_hidden_layers=1)
+    ids = torch.tensor([[3, 5, 4, TASK.delimiter, 3, 5, 4]])
+    record = model(ids, output_records=True).layer_records[0].memory
+    torch.testing.assert_close(record.routing.logits[:3], record.routing.logits[4:])
+    assert model.model.phase.weight.abs().max() == 0
+    assert AutoModel.from_config(model.config).phase.weight.abs().max() == 0
+    assert build(num_phases=1, delimiter_token_id=None).model.phase.weight.abs().max() > 0
+
+
 def test_losses_with_a_coefficient_of_0_are_absent():
     model = build(budget_coef=0.0, collision_coef=0.0, router_aux_loss_coef=0.0)
     out = model(**batch())
