@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from graphmoe.nn import SparseLinear
+from graphmoe.nn import SparseLinear, moe_layers
 from graphmoe.train.config import flag
-from graphmoe.train.rewire import Rewire
+from graphmoe.train.loop import TrainState
+from graphmoe.train.rewire import Rewire, sparse_layers
 
 GROWTH = {"set": "random", "rigl": "gradient"}
 """How edges grow, by the topologies in which any do."""
@@ -68,3 +69,14 @@ def edge_records(layers: Sequence[SparseLinear]) -> dict[str, Tensor]:
         "final_feeds_age": torch.cat([layer.age() for layer in layers]),
         "final_feeds_size": torch.tensor([[layer.in_channels, layer.out_channels] for layer in layers]),
     }
+
+
+def block_figures(state: TrainState, model: nn.Module) -> dict[str, Tensor]:
+    """Edges of the experts of each block of a language model and the share of their first ones that are left,
+    for :class:`~graphmoe.train.logs.RecordLog`; nothing if they have matrices."""
+    blocks = [sparse_layers(layer) for layer in moe_layers(model)]
+    if not any(blocks):
+        return {}
+    edges = torch.tensor([[layer.num_edges for layer in block] for block in blocks])  # [L, maps]
+    left = torch.tensor([[layer.survival() for layer in block] for block in blocks])
+    return {"sparse_edges": edges.sum(1), "sparse_survival": (edges * left).sum(1) / edges.sum(1)}
