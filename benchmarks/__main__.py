@@ -20,6 +20,7 @@ NAMES = (
     "collaboration",
     "spmm",
     "sparse_mlp",
+    "sparse_expert",
     "language_model",
     "dnc",
 )

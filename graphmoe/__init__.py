@@ -28,6 +28,7 @@ _HOMES = {
         "ReadConv",
         "RecallConv",
         "RowAttention",
+        "SparseExpert",
         "SparseLinear",
         "SumFusion",
         "ThresholdRouter",
