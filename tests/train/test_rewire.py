@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,6 +147,8 @@ def test_the_gradient_of_all_places(major, tmp_path, double):
 
 
 class FakeState:
+    accelerator = SimpleNamespace(num_processes=1)
+
     def __init__(self, optimizer, step=0, max_steps=10):
         self.optimizer, self.step, self.max_steps = optimizer, step, max_steps
 
@@ -173,6 +176,20 @@ def test_moments_move_with_their_edges_and_new_ones_begin_at_zero(make):
             where = int(layer.target[edge]) * 10 + int(layer.source[edge])
             assert now == (0 if came < 0 else old[where])
     assert optimizer.state[layer.weight].get("step") is steps
+
+
+@pytest.mark.parametrize("growth", ["random", "gradient"])
+def test_a_full_layer_has_nothing_to_grow(growth):
+    net = SparseLinear(5, 4, 1.0)
+    optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9)
+    rewire, state = Rewire(net, every=1, growth=growth), FakeState(optimizer)
+    rewire.on_start(state, net)
+    net(torch.randn(3, 5)).square().sum().backward()
+    optimizer.step()
+    weight, moments = net.weight.detach().clone(), optimizer.state[net.weight]["momentum_buffer"].clone()
+    rewire.rewire(state)
+    assert torch.equal(net.weight, weight) and net.survival() == 1
+    assert torch.equal(optimizer.state[net.weight]["momentum_buffer"], moments) and moments.abs().min() > 0
 
 
 def test_until_and_wrong_input():
