@@ -36,7 +36,7 @@ class MocaCopyJob(Job):
 
     def __init__(self, config: MocaCopyConfig, recipe: str):
         super().__init__(config, recipe)
-        self.task, self.test = config.task("train"), config.task("test")
+        self.task, self.validation, self.test = map(config.task, ("train", "validation", "test"))
         self.dataset, self.fingerprint = config.dataset, self.task.fingerprint
         self.model = MocaForTokenPrediction(config.architecture())
         self.first_distance = None
@@ -57,7 +57,7 @@ class MocaCopyJob(Job):
         return [*super().movers(), BudgetRamp(config.budget_begin, config.budget_end)]
 
     def score_model(self, model: nn.Module) -> dict[str, float | None]:
-        found = figures(recall(model, self.test, self.config.eval_sequences))
+        found = figures(recall(model, self.validation, self.config.eval_sequences))
         return {
             "loss": found["loss"],
             "accuracy": found["recall_accuracy"],

@@ -24,7 +24,7 @@ class CopyTask:
         num_tokens: Different tokens.
         min_length, max_length: Tokens of a sequence, uniform between both.
         seed: Seed of the sequences, at least 0.
-        part: ``train`` or ``test``.
+        part: ``train``, ``test`` or ``validation``.
 
     Raises:
         DataError: Fewer than two tokens, lengths out of order, a seed below 0, an unknown part.
@@ -46,7 +46,7 @@ class CopyTask:
             raise DataError("lengths out of order", "min_length", expected, min_length)
         if seed < 0:
             raise DataError("no seed of random sequences", "seed", "at least 0", seed)
-        parts = ("train", "test")
+        parts = ("train", "test", "validation")
         if part not in parts:
             raise DataError("unknown part", "part", f"one of {', '.join(parts)}", part)
         self.num_tokens, self.min_length, self.max_length = num_tokens, min_length, max_length

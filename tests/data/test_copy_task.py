@@ -29,8 +29,11 @@ def test_a_batch_is_a_function_of_seed_part_index_and_slot():
     assert torch.equal(whole[4:, : part.size(1)], part)
     again = CopyTask(20, 3, 9, seed=1)
     assert torch.equal(again.batch(2, 8, slice(0, 8))["input_ids"], whole)
-    others = [CopyTask(20, 3, 9, seed=2), CopyTask(20, 3, 9, seed=1, part="test")]
-    assert len({t.fingerprint for t in (task, *others)}) == 3
+    others = [
+        CopyTask(20, 3, 9, seed=2),
+        *(CopyTask(20, 3, 9, seed=1, part=part) for part in ("test", "validation")),
+    ]
+    assert len({t.fingerprint for t in (task, *others)}) == 4
     assert task.fingerprint == again.fingerprint
     assert not torch.equal(
         task.batch(3, 8, slice(0, 1))["input_ids"], task.batch(2, 8, slice(0, 1))["input_ids"]
@@ -46,4 +49,4 @@ def test_wrong_input():
     with pytest.raises(DataError, match="seed: no seed"):
         CopyTask(seed=-1)
     with pytest.raises(DataError, match="part: unknown part; expected one of train, test"):
-        CopyTask(part="validation")
+        CopyTask(part="dev")
