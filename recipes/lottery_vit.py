@@ -57,6 +57,7 @@ class LotteryViTConfig(LotteryConfig):
     patch_size: int | None = flag(
         None, "height and width of a patch, pixels; without it 4, of small images 2"
     )
+    initializer_range: float = flag(0.06, "standard deviation of initial weights; transformers has 0.02")
     patch_dropout: float = flag(0.0, "share of the patches of a training image that is left out")
     dropout: float = flag(0.0, "dropout behind each part of a block, and behind the embeddings")
 
@@ -66,6 +67,7 @@ class LotteryViTConfig(LotteryConfig):
             value = getattr(self, name)
             self.require(name, value is None or value >= 1, "a number >= 1")
         self.require("embed_dim", self.embed_dim % self.num_heads == 0, "a multiple of --num_heads")
+        self.require("initializer_range", self.initializer_range > 0, "a number > 0")
         for name in ("patch_dropout", "dropout"):
             self.require(name, 0 <= getattr(self, name) < 1, "a number >= 0 and < 1")
 
@@ -101,6 +103,7 @@ class LotteryViTJob(LotteryJob):
                 num_attention_heads=config.num_heads,
                 intermediate_size=config.mlp_ratio * config.embed_dim,
                 hidden_dropout_prob=config.dropout,
+                initializer_range=config.initializer_range,
                 id2label=dict(enumerate(names)),
                 label2id={name: index for index, name in enumerate(names)},
                 attn_implementation=attention,
