@@ -15,13 +15,14 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from transformers.utils import logging as transformers_logging
 
 from graphmoe.train.config import exit_code, flag, parse
 from recipes import comparison
 from recipes.frame import train
-from recipes.set_config import Images, SetConfig, build_model, read_images
+from recipes.set_config import Images, SetConfig, build_model, read_batches, read_images, with_steps
 from recipes.set_mnist import REFERENCES, SetJob
 from recipes.study_flags import RATES, StudyFlags, shared, some_of
 
@@ -65,13 +66,15 @@ class SetStudyConfig(StudyFlags, SetConfig):
         self.require("dense_epochs", given is None or 0 < given < math.inf, "a number > 0")
 
 
-def arms_of(config: SetStudyConfig) -> dict[str, SetConfig]:
-    """The config of each chosen arm."""
+def arms_of(config: SetStudyConfig, images: Images) -> dict[str, SetConfig]:
+    """The config of each chosen arm on these images, with the numbers of steps that its run is to have: those
+    of a run that goes on are compared with them."""
     common = shared(config, SetConfig)
     found = {name: replace(common, topology=name) for name in config.arms}
     if "dense" in found and config.dense_epochs is not None:
         found["dense"] = replace(found["dense"], epochs=config.dense_epochs)
-    return found
+    batches = read_batches(common, images)
+    return {name: with_steps(arm, batches) for name, arm in found.items()}
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -79,7 +82,7 @@ def run(argv: Sequence[str] | None) -> None:
     about = __doc__.splitlines()[0]
     config = parse(SetStudyConfig, argv, prog="python -m recipes.set_study", description=about)
     comparison.study(
-        config, "set_study", REFERENCE, lambda images: arms_of(config),
+        config, "set_study", REFERENCE, partial(arms_of, config),
         trained_as="set_mnist", task=TASK, headline=HEADLINE,
     )  # fmt: skip
 

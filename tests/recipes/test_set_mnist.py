@@ -128,6 +128,12 @@ def test_topologies_side_by_side(out, capsys):
     dense = read(out / "set_study" / "dense-lr0.002-seed1")
     assert (result["steps"], dense["steps"]) == (12, 5)
     assert dense["edges"] == 64 * 40 + 40 * 40 + 40 * 10 == dense["metrics"]["edges_after"]
+    # One that goes on has the same steps and intervals, and finds nothing to train.
+    (out / "set_study" / "dense-lr0.002-seed1" / "result.json").unlink()
+    capsys.readouterr()
+    assert run("set_study", *flags, "--resume") == 0
+    said = capsys.readouterr().out
+    assert "resuming from step 5" in said and said.count("run 6 of 6") == 1 and "run 5 of 6" not in said
     assert finished_runs == {f"{arm}-lr0.002-seed{s}" for arm in ("set", "static", "dense") for s in (0, 1)}
 
 
