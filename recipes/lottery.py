@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graphmoe import checkpoint
+from graphmoe.data.images import ImageData
 from graphmoe.errors import CheckpointError, ConfigError
 from graphmoe.train.config import changed, from_run
 from graphmoe.train.loop import Callback, TrainState
@@ -82,7 +83,8 @@ class LotteryJob(frame.Job):
             images = read_images(config)
             say(f"images: {images.describe()}")
         super().__init__(config, recipe)
-        self.images, self.batches = images, read_batches(config, images)
+        self.images, self.data = images, self.inputs(images.data)
+        self.batches = read_batches(config, Images(self.data))
         self.batches.steps_per_epoch(config.batch_size)  # says so now if there are too few
         if not len(images.data.validation):
             raise ConfigError(
@@ -107,6 +109,10 @@ class LotteryJob(frame.Job):
     def prunable(self) -> list[str]:
         """Names of the parameters of ``self.model`` that are pruned, see
         :func:`~graphmoe.train.lottery.prunable_weights`."""
+
+    def inputs(self, data: ImageData) -> ImageData:
+        """The images as the network gets them; the baseline has them as they are given."""
+        return data
 
     def fractions(self) -> dict[str, float]:
         """Shares that a round removes of some parameters, which are pruned by themselves."""
@@ -135,12 +141,14 @@ class LotteryJob(frame.Job):
         return (lambda folder: self.place.masks.save(folder / MASKS),)
 
     def score_model(self, model: nn.Module) -> dict[str, float | None]:
-        return score(model, self.images.data, self.images.data.validation)
+        return score(model, self.data, self.data.validation)
 
     def score(self, state: TrainState) -> dict:
         """All levels of this seed, then those of the others."""
         if self.place.branch != DENSE:
             return {}
+        if state.accelerator.is_main_process:
+            _ = self.images.logistic  # once, before networks are timed
         levels = self._search()
         seeds = range(self.config.seed + 1, self.config.seed + self.config.num_seeds)
         others = []
@@ -190,7 +198,7 @@ class LotteryJob(frame.Job):
         masks = Masks.load(step / MASKS)
         require_enforced(masks, self.model)
         self.model.eval()
-        found = score(self.model, self.images.data, self.images.data.test)
+        found = score(self.model, self.data, self.data.test)
         again = {"metrics": found, "layers": masks.counts, "outside_mask": 0}
         return _summary(result | again)
 
@@ -200,7 +208,7 @@ class LotteryJob(frame.Job):
 
     def _conclude(self, state: TrainState) -> dict:
         """What is known of this network alone."""
-        masks, data = self.place.masks, self.images.data
+        masks, data = self.place.masks, self.data
         outside = masks.outside(self.model, state.optimizer)
         metrics = score(self.model, data, data.test)
         metrics |= {"test_accuracy": metrics["accuracy"], "images_per_second": speed(state.run_dir)}

@@ -15,11 +15,13 @@ pixels and a uniform guess; every mask is audited.
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from graphmoe.data.images import ImageData
 from graphmoe.models import SparseMLP, SparseMLPConfig
 from graphmoe.train.config import flag, with_default
 from graphmoe.train.lottery import prunable_weights
@@ -40,6 +42,9 @@ class LotteryMLPConfig(LotteryConfig):
     lr_scheduler_type: str = with_default(LotteryConfig, "lr_scheduler_type", "constant")
     hidden_sizes: list[int] = field(
         default_factory=lambda: [300, 100], metadata={"help": "neurons of each hidden layer"}
+    )
+    pixels: Literal["unit", "standard"] = flag(
+        "unit", "inputs from 0 to 1, as in the paper, or with mean 0 and standard deviation 1"
     )
     output_cut: float = flag(0.1, "share of the output layer's weights that one cut removes")
 
@@ -67,6 +72,9 @@ class LotteryMLPJob(LotteryJob):
                 label2id={name: index for index, name in enumerate(names)},
             )
         )
+
+    def inputs(self, data: ImageData) -> ImageData:
+        return data if self.config.pixels == "standard" else replace(data, mean=0.0, std=255.0)
 
     def prunable(self) -> list[str]:
         return prunable_weights(self.model)
