@@ -24,7 +24,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from graphmoe.data import ImageBatches
 from graphmoe.errors import ConfigError
 from graphmoe.models.vit import PatchDropout
-from graphmoe.train.config import flag, resolve_device
+from graphmoe.train.config import flag, resolve_device, with_default
 from graphmoe.train.loop import TrainState
 from graphmoe.train.lottery import prunable_weights
 from recipes import frame
@@ -43,9 +43,11 @@ class LotteryViTConfig(LotteryConfig):
     max_steps: int = flag(150, "optimiser steps to train each network for")
     rounds: int = flag(3, "levels of sparsity: times that the network is trained, pruned and rewound")
     batch_size: int = flag(64, "images in a batch, in all processes together")
-    weight_decay: float = flag(0.1, "decoupled weight decay, a step and unit of learning rate")
+    save_every: int = flag(200, "optimiser steps between checkpoints", aliases=["--save_interval"])
+    learning_rate: float = flag(7e-4, "peak learning rate")
+    adam_beta2: float = with_default(LotteryConfig, "adam_beta2", 0.99)
     warmup_steps: int = flag(15, "optimiser steps until the peak learning rate")
-    max_grad_norm: float = flag(1.0, "largest norm of all gradients together; inf does not clip")
+    max_grad_norm: float = with_default(LotteryConfig, "max_grad_norm", 1.0)
     scope: str = flag("global", "compare magnitudes within a layer, or among all: layer, global")
     rewind_step: int = flag(8, "step of the dense network whose weights a ticket begins with")
     validation: float = flag(0.05, "share of the training images to watch, not to train on")
