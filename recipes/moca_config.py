@@ -12,9 +12,9 @@ from graphmoe.train.config import RunConfig, flag
 class MocaCopyConfig(RunConfig):
     """Flags of the copy task; ``--num_slots 0`` is the network without a memory."""
 
-    max_steps: int = flag(900, "optimiser steps to train for")
+    max_steps: int = flag(500, "optimiser steps to train for")
     batch_size: int = flag(32, "sequences in a batch")
-    learning_rate: float = flag(2e-3, "peak learning rate")
+    learning_rate: float = flag(3e-3, "peak learning rate")
     lr_scheduler_type: str = flag("cosine_with_min_lr", "learning-rate schedule, a name transformers knows")
     min_lr_ratio: float = flag(0.05, "last learning rate as a fraction of the peak")
     weight_decay: float = flag(0.0, "decoupled weight decay, a step and unit of learning rate")
