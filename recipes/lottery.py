@@ -1,118 +1,47 @@
 """Levels of sparsity: a network is trained, pruned, rewound and trained again, beside its controls.
 
 The run of the dense network holds those of all levels, a folder each, and those of further seeds. What is
-finished is not trained again when the run is resumed. The table of all of them is in :mod:`lottery_table`.
+finished is not trained again when the run is resumed.
 """
 
 import copy
 import math
 import time
-from abc import abstractmethod
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from graphmoe import checkpoint
-from graphmoe.data.images import ImageData
 from graphmoe.errors import CheckpointError, ConfigError
 from graphmoe.train.config import changed, from_run
-from graphmoe.train.loop import Callback, TrainState
-from graphmoe.train.lottery import EnforceMasks, KeepState, Masks, Rewind, require_enforced
-from recipes import frame
+from graphmoe.train.loop import TrainState
+from graphmoe.train.lottery import Masks, require_enforced
 from recipes.lottery_config import DENSE, TICKET, LotteryConfig
+from recipes.lottery_network import MASKS, START, NetworkJob, Place, summary
 from recipes.lottery_table import curve, headline, say_table
-from recipes.reporting import say, speed
-from recipes.set_config import Images, read_batches, read_images
+from recipes.reporting import say
 from recipes.set_mnist import references, score
-
-MASKS, START = "masks.safetensors", "start.safetensors"
-"""Files of masks, in every checkpoint, and of the weights that tickets begin with, in the dense run."""
 
 FREE = {"rounds", "num_seeds", "branches", "num_threads", "device", "eval_every", "save_every", "log_every",
         "keep_checkpoints"}  # fmt: skip
 """Flags that may differ in a resumed search: they change no network that is finished."""
 
 
-class Place(NamedTuple):
-    """Where in a search a network stands.
-
-    Attributes:
-        level: 0 for the dense network.
-        branch: ``dense``, ``ticket``, ``reinit`` or ``random``.
-        masks: What exists.
-        start: File of the weights that it begins with; without it with its own, from step 0.
-    """
-
-    level: int
-    branch: str
-    masks: Masks
-    start: Path | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of its folder inside that of the dense network."""
-        return f"level-{self.level:02d}-{self.branch}"
-
-
-class LotteryJob(frame.Job):
-    """One network of a search, and where it is the dense one, the whole search.
+class LotteryJob(NetworkJob):
+    """A network of a search, and where it is the dense one, the whole search.
 
     Args:
         config: The flags.
         recipe: Name that the run carries.
-        images: Data already at hand; by default those that the flags name.
-        place: Where the network stands; by default it is the dense one.
+        options: Further arguments of :class:`~recipes.lottery_network.NetworkJob`.
+
+    Attributes:
+        levels: Masks of the tickets of this seed, by level.
     """
 
-    config: LotteryConfig
-
-    def __init__(
-        self,
-        config: LotteryConfig,
-        recipe: str,
-        *,
-        images: Images | None = None,
-        place: Place | None = None,
-    ):
-        if images is None:
-            images = read_images(config)
-            say(f"images: {images.describe()}")
-        super().__init__(config, recipe)
-        self.images, self.data = images, self.inputs(images.data)
-        self.batches = read_batches(config, Images(self.data))
-        self.batches.steps_per_epoch(config.batch_size)  # says so now if there are too few
-        if not len(images.data.validation):
-            raise ConfigError(
-                "no image to watch", "--validation", f"a larger share of {len(images.data.train)}"
-            )
-        self.dataset, self.fingerprint = images.data.name, images.data.fingerprint
-        if place is not None and place.branch == "reinit":
-            # The control has weights that nobody else has.
-            numbers = np.random.SeedSequence([config.seed, place.level]).generate_state(1, np.uint64)
-            torch.manual_seed(int(numbers[0]) % 2**63)
-        self.model = self.build_model()
-        self.place = place or Place(0, DENSE, Masks.full(self.model, self.prunable()))
+    def __init__(self, config: LotteryConfig, recipe: str, **options):
+        super().__init__(config, recipe, **options)
         self.levels = [self.place.masks]
-        self._enforce = EnforceMasks(self.place.masks)
-
-    @abstractmethod
-    def build_model(self) -> PreTrainedModel:
-        """A new dense network for the images, with random weights of torch's generator; it takes
-        ``pixel_values`` and ``labels`` and returns ``loss`` and ``logits``."""
-
-    @abstractmethod
-    def prunable(self) -> list[str]:
-        """Names of the parameters of ``self.model`` that are pruned, see
-        :func:`~graphmoe.train.lottery.prunable_weights`."""
-
-    def inputs(self, data: ImageData) -> ImageData:
-        """The images as the network gets them; the baseline has them as they are given."""
-        return data
 
     def fractions(self) -> dict[str, float]:
         """Shares that a round removes of some parameters, which are pruned by themselves."""
@@ -121,27 +50,6 @@ class LotteryJob(frame.Job):
     def extra_records(self) -> dict[str, Tensor]:
         """Further arrays ``final_...`` of the search, for pictures; ``self.levels`` has the masks."""
         return {}
-
-    def size(self) -> dict[str, int]:
-        pruned = self.place.masks.total - self.place.masks.remaining
-        total = super().size()["params_total"]
-        return {"params_total": total, "params_active": total - pruned}
-
-    def batch(self, index: int, size: int, slots: slice) -> dict[str, Tensor]:
-        images, labels = self.batches.batch(index, size, slots)
-        return {"pixel_values": torch.from_numpy(images), "labels": torch.from_numpy(labels)}
-
-    def movers(self) -> list[Callback]:
-        start, step = self.place.start, self.config.rewind_step
-        if self.place.branch == DENSE:
-            return [KeepState(self._folder / START, step), self._enforce]
-        return [self._enforce] if start is None else [Rewind(start, step), self._enforce]
-
-    def extras(self) -> tuple[Callable[[Path], None], ...]:
-        return (lambda folder: self.place.masks.save(folder / MASKS),)
-
-    def score_model(self, model: nn.Module) -> dict[str, float | None]:
-        return score(model, self.data, self.data.validation)
 
     def score(self, state: TrainState) -> dict:
         """All levels of this seed, then those of the others."""
@@ -162,23 +70,20 @@ class LotteryJob(frame.Job):
         return self.extra_records() if self.place.branch == DENSE else {}
 
     def conclude(self, state: TrainState) -> dict:
-        self.model.eval()
-        result = self._conclude(state)
+        result = super().conclude(state)
         if self.place.branch == DENSE:
-            networks = [result, *self.scored["levels"]]
-            result["networks"] = [_summary(network) for network in networks]
+            result["networks"] = [summary(network) for network in (result, *self.scored["levels"])]
             for other in self.scored["seeds"]:
                 result["networks"] += other["networks"]
             result["metrics"] |= headline(result["networks"])
-        return result | references(self.images)
+        return result
 
     def report(self, result: dict) -> None:
-        if self.place.branch == DENSE:
-            say_table(result)
-            say(f"{result['seconds']:.0f} s in all, peak memory {result['peak_rss_mb']:,.0f} MB")
-        else:
-            say(f"{self.place.branch}: test accuracy {100 * result['metrics']['accuracy']:.2f} %, "
-                f"{result['outside_mask']} entries outside the mask")  # fmt: skip
+        if self.place.branch != DENSE:
+            super().report(result)
+            return
+        say_table(result)
+        say(f"{result['seconds']:.0f} s in all, peak memory {result['peak_rss_mb']:,.0f} MB")
 
     @classmethod
     def evaluate(cls, config: LotteryConfig, recipe: str) -> None:
@@ -200,34 +105,11 @@ class LotteryJob(frame.Job):
         self.model.eval()
         found = score(self.model, self.data, self.data.test)
         again = {"metrics": found, "layers": masks.counts, "outside_mask": 0}
-        return _summary(result | again)
-
-    @property
-    def _folder(self) -> Path:
-        return Path(self.config.out_dir) / self.config.run_name
-
-    def _conclude(self, state: TrainState) -> dict:
-        """What is known of this network alone."""
-        masks, data = self.place.masks, self.data
-        outside = masks.outside(self.model, state.optimizer)
-        metrics = score(self.model, data, data.test)
-        metrics |= {"test_accuracy": metrics["accuracy"], "images_per_second": speed(state.run_dir)}
-        return {
-            "metrics": metrics,
-            "validation": score(self.model, data, data.validation),
-            "seed": self.config.seed,
-            "level": self.place.level,
-            "branch": self.place.branch,
-            "weights": masks.remaining,
-            "total": masks.total,
-            "layers": masks.counts,
-            "outside_mask": sum(outside.values()),
-            "audits": self._enforce.audits,
-        }
+        return summary(result | again)
 
     def _search(self) -> list[dict]:
         """Train every branch of every level of this seed; their results."""
-        masks, source, results = self.place.masks, self._folder, []
+        masks, source, results = self.place.masks, self.folder, []
         began, count = time.perf_counter(), self.config.rounds * len(self.config.branches)
         for level in range(1, self.config.rounds + 1):
             masks = self._cut(masks, source)
@@ -240,12 +122,12 @@ class LotteryJob(frame.Job):
                 say(f"\nlevel {level} of {self.config.rounds}, {branch}: {masks.remaining:,} weights, "
                     f"{share:.2f} %{hint}")  # fmt: skip
                 results.append(self._train(self._place(level, branch, masks)))
-            source = self._folder / Place(level, TICKET, masks).name
+            source = self.folder / Place(level, TICKET, masks).name
         return results
 
     def _place(self, level: int, branch: str, masks: Masks) -> Place:
         kept = masks.random(self.config.seed) if branch == "random" else masks
-        return Place(level, branch, kept, None if branch == "reinit" else self._folder / START)
+        return Place(level, branch, kept, None if branch == "reinit" else self.folder / START)
 
     def _cut(self, masks: Masks, source: Path) -> Masks:
         """What is left of the network of a run after another round of pruning."""
@@ -256,7 +138,7 @@ class LotteryJob(frame.Job):
 
     def _train(self, place: Place) -> dict:
         """The result of one network, of an earlier time if it was finished."""
-        path = self._folder / place.name
+        path = self.folder / place.name
         if (path / "result.json").is_file():
             different = [n for n in changed(from_run(type(self.config), path), self.config) if n not in FREE]
             if different:
@@ -271,9 +153,3 @@ def _newest(run_dir: Path) -> Path:
     if step is None:
         raise CheckpointError("no checkpoint here", run_dir, "a network that was trained")
     return step
-
-
-def _summary(result: dict) -> dict:
-    """What a search keeps of one network."""
-    keys = ("seed", "level", "branch", "weights", "total", "layers", "outside_mask", "validation")
-    return {key: result[key] for key in keys} | {"accuracy": result["metrics"]["accuracy"]}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graphmoe.checkpoint import write_records
+from graphmoe.checkpoint import read_tensors, write_records
 from graphmoe.checkpoint.shards import is_shard
 from graphmoe.checkpoint.tensors import load_model
 from graphmoe.errors import ConfigError, GraphMoEError
@@ -57,15 +57,20 @@ class Rewind(Callback):
 
     Raises:
         CheckpointError: There is no such file, or its tensors do not fit the model.
+        ConfigError: It is of another step.
     """
 
     def __init__(self, path: Path, step: int = 0):
         self.path, self.step = Path(path), step
 
     def on_start(self, state: TrainState, model: nn.Module) -> None:
-        if state.step <= self.step:  # a resumed run is behind it
-            load_model(self.path, model)
-            state.step = self.step
+        if state.step > self.step:  # a resumed run, which is behind it
+            return
+        _, facts = read_tensors(self.path)
+        if facts.get("step") != str(self.step):
+            raise ConfigError("weights of another step", self.path, self.step, facts.get("step"))
+        load_model(self.path, model)
+        state.step = self.step
 
 
 class EnforceMasks(Callback):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,3 +168,11 @@ def test_what_does_not_fit(tmp_path):
         train(tmp_path / "a", [EnforceMasks(other)], Masks.full(model()))
     with pytest.raises(CheckpointError, match="no such file"):
         train(tmp_path / "b", [Rewind(tmp_path / "nothing")], Masks.full(model()))
+    KeepState(tmp_path / "kept", 0).on_start(FakeState(), model())
+    with pytest.raises(ConfigError, match="weights of another step"):
+        train(tmp_path / "c", [Rewind(tmp_path / "kept", 2)], Masks.full(model()))
+
+
+class FakeState:
+    step = 0
+    accelerator = SimpleNamespace(is_main_process=True)
