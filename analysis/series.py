@@ -28,6 +28,7 @@ AXES = {
     "drop_rate_random": "SL",
     "mediator_gate": "SL",
     "mediator_gate_std": "SL",
+    "sparse_density": "SL",
     "sparse_edges": "SL",
     "sparse_survival": "SL",
 }

@@ -66,7 +66,9 @@ def edge_survival(record: RunRecord) -> Figure:
     that has not ended, which does not know the sizes, edges instead of the density."""
     at, edges, left = steps(record), series(record, "sparse_edges"), series(record, "sparse_survival")
     counts, unit = edges / 1000, "edges, thousands"
-    if has_feeds(record):
+    if has(record, "sparse_density"):  # of experts, of which only some are recorded edge by edge
+        counts, unit = 100 * series(record, "sparse_density"), "density, %"
+    elif has_feeds(record):
         counts, unit = (
             100 * edges / np.array([math.prod(layer.size) for layer in feeds(record)]),
             "density, %",

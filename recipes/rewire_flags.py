@@ -72,11 +72,17 @@ def edge_records(layers: Sequence[SparseLinear]) -> dict[str, Tensor]:
 
 
 def block_figures(state: TrainState, model: nn.Module) -> dict[str, Tensor]:
-    """Edges of the experts of each block of a language model and the share of their first ones that are left,
-    for :class:`~graphmoe.train.logs.RecordLog`; nothing if they have matrices."""
+    """Edges of the experts of each block of a language model, their density and the share of the first ones
+    that are left, for :class:`~graphmoe.train.logs.RecordLog`; nothing if experts have matrices."""
     blocks = [sparse_layers(layer) for layer in moe_layers(model)]
     if not any(blocks):
         return {}
     edges = torch.tensor([[layer.num_edges for layer in block] for block in blocks])  # [L, maps]
+    places = torch.tensor([[layer.num_places for layer in block] for block in blocks])
     left = torch.tensor([[layer.survival() for layer in block] for block in blocks])
-    return {"sparse_edges": edges.sum(1), "sparse_survival": (edges * left).sum(1) / edges.sum(1)}
+    total = edges.sum(1)
+    return {
+        "sparse_edges": total,
+        "sparse_density": total / places.sum(1),
+        "sparse_survival": (edges * left).sum(1) / total,
+    }

@@ -47,6 +47,7 @@ def test_a_run_and_those_beside_it(finished):
 
 def test_the_records_are_those_of_the_edges(finished):
     records, model = checkpoint.read(finished).records, graphmoe.load(finished)
+    assert records["sparse_density"] == pytest.approx(0.2)
     assert (records["sparse_edges"] == EDGES // 2).all() and records["sparse_survival"].shape[1] == 2
     for block, (layer, at) in enumerate(zip(model.model.layers, records["sparse_survival"][-1], strict=True)):
         maps = sparse_layers(layer)
