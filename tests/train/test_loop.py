@@ -318,3 +318,10 @@ def test_mean_loss_by_hand():
         out = net(ids, labels=ids).lm_loss.item()
     assert mean_loss(net, windows, batch_size=2) == pytest.approx(out, rel=1e-6)
     assert not net.training
+
+
+def test_a_step_is_seeded_as_torch_does():
+    reseed(3, 5, rank=1)
+    drawn = torch.rand(4)
+    torch.manual_seed(int(np.random.SeedSequence([3, 5, 1]).generate_state(1)[0]))
+    assert torch.equal(drawn, torch.rand(4))
