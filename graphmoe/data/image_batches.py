@@ -16,7 +16,7 @@ class ImageBatches:
         data: The images; those of its training part are served.
         seed: Of the order, the shifts and the flips.
         shift: Most pixels that an image is moved, up or down and to a side; what comes in is 0.
-        flip: Whether every other image, at random, is mirrored: left is right.
+        flip: Whether each image is mirrored, left to right, with probability 1/2.
 
     Raises:
         DataError: A negative shift, or one as large as the image.

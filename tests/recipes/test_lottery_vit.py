@@ -132,7 +132,7 @@ def test_stopped_anywhere_it_goes_on_as_if_never_stopped(finished, tmp_path, mon
         (["--patch_size=3"], "--patch_size"),
         (["--embed_dim=16", "--num_heads=3"], "--embed_dim"),
         (["--patch_dropout=1"], "--patch_dropout"),
-        (["--rewind_step=150"], "--rewind_step"),
+        (["--rewind_step=200"], "--rewind_step"),
         (["--dataset=cifar10"], "--data_dir"),
     ],
 )
