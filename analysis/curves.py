@@ -17,7 +17,7 @@ from graphmoe.checkpoint import RunRecord
 Points = tuple[np.ndarray, np.ndarray]
 SINGLE = {
     "grad_norm": ("Gradient norm", "L2 norm before clipping"),
-    "tokens_per_second": ("Speed", "tokens per second"),
+    **{f"{unit}_per_second": ("Speed", f"{unit} per second") for unit in ("tokens", "images", "bits")},
 }
 
 

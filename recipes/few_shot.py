@@ -41,6 +41,8 @@ class FewShotJob(Job):
         characters: Those to train on and those to score, if they are at hand.
     """
 
+    unit = "image"
+
     def __init__(
         self, config: FewShotConfig, recipe: str, *, characters: tuple[Characters, Characters] | None = None
     ):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ class Job(ABC):
         records: What the model's experts did over time, from :meth:`hooks` on.
         setup: What is done with the optimiser before the first step, if anything; from :meth:`hooks` on.
         scored: What :meth:`score` found.
+        unit: What a label of a batch is, to count speeds in.
     """
 
     model: PreTrainedModel
@@ -52,6 +53,7 @@ class Job(ABC):
     records: RecordLog
     setup: Callable[[torch.optim.Optimizer], None] | None = None
     scored: dict[str, float | None]
+    unit: ClassVar[str] = "token"
 
     def __init__(self, config: RunConfig, recipe: str):
         self.config, self.recipe = config, recipe
@@ -106,7 +108,7 @@ class Job(ABC):
         """The callbacks of the run, in the order in which they act after a step."""
         config = self.config
         self.records = RecordLog({"recipe": self.recipe} | self.facts(), extras=self.record_figures())
-        log = TrackedLog(run_dir, dtype="bf16" if config.bf16 else "fp32")
+        log = TrackedLog(run_dir, dtype="bf16" if config.bf16 else "fp32", unit=self.unit)
         check = on.Evaluate(self.score_model, log)
         save = on.Save(
             records=self.records,
@@ -120,7 +122,7 @@ class Job(ABC):
             Every(config.log_every, log),
             Every(config.eval_every, check),
             Every(config.save_every, save),
-            on.Progress(evaluation=check),
+            on.Progress(evaluation=check, unit=self.unit),
         ]
 
     def score(self, state: TrainState) -> dict[str, float | None]:
@@ -194,7 +196,9 @@ def train(
                 start = _prepare(job, run_dir)
                 start_tracker(accelerator, config)
         start = from_main(accelerator, start.name if start else "")
-        counts = "{params_total:,} parameters, {params_active:,} active per token".format(**size)
+        counts = "{params_total:,} parameters".format(**size)
+        if size["params_active"] != size["params_total"]:
+            counts += f", {size['params_active']:,} active per {job.unit}"
         say(f"model: {counts}; run: {run_dir}")
         hooks = job.hooks(run_dir, accelerator)
         state = fit(

@@ -56,6 +56,7 @@ class NetworkJob(frame.Job):
     """
 
     config: LotteryConfig
+    unit = "image"
 
     def __init__(
         self,

@@ -16,8 +16,9 @@ def scores(corpus: Corpus, loss: float) -> dict[str, float | None]:
 
 
 def speed(run_dir: Path) -> float:
-    """Median training speed of a run, tokens per second."""
-    rows = [row["tokens_per_second"] for row in checkpoint.read(run_dir).metrics if row["kind"] == "train"]
+    """Median training speed of a run, tokens (or what it is counted in) per second."""
+    lines = [row for row in checkpoint.read(run_dir).metrics if row["kind"] == "train"]
+    rows = [value for row in lines for name, value in row.items() if name.endswith("s_per_second")]
     return sorted(rows)[len(rows) // 2]
 
 

@@ -23,6 +23,8 @@ WATCH, FIRST, SECOND = 0, 1, 2
 class SequenceJob(Job):
     """A computer, or an LSTM, that answers sequences drawn from the seed."""
 
+    unit = "bit"
+
     def __init__(self, config: SequenceConfig, recipe: str):
         super().__init__(config, recipe)
         self.task = config.task()

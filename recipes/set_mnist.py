@@ -44,6 +44,7 @@ class SetJob(frame.Job):
     """
 
     model: SparseMLP
+    unit = "image"
 
     def __init__(self, config: SetConfig, recipe: str, *, images: Images | None = None):
         if images is None:

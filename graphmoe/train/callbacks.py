@@ -175,10 +175,20 @@ class Unsharded(Callback):
 
 
 class Progress(Callback):
-    """A progress bar on a terminal, plain lines with the time left elsewhere."""
+    """A progress bar on a terminal, plain lines with the time left elsewhere.
 
-    def __init__(self, *, every: int = 20, evaluation: Evaluate | None = None, stream=None):
+    Args:
+        every: Steps between lines.
+        evaluation: What is scored meanwhile; its latest figures are shown.
+        stream: Where to; standard error by default.
+        unit: What a label of a batch is, for the speed.
+    """
+
+    def __init__(
+        self, *, every: int = 20, evaluation: Evaluate | None = None, stream=None, unit: str = "token"
+    ):
         self.every, self.evaluation, self.stream = every, evaluation, stream or sys.stderr
+        self.unit = unit
         self.bar: tqdm | None = None
 
     def on_start(self, state: TrainState, model: nn.Module) -> None:
@@ -204,8 +214,8 @@ class Progress(Callback):
             text = ", ".join(f"{name} {value}" for name, value in figures.items())
             speed = state.metrics["tokens"] * (state.step - self.first) / passed
             print(
-                f"step {state.step}/{state.max_steps}: {text}, {speed:,.0f} tokens/s, {passed:.0f} s passed, "
-                f"about {left:.0f} s left", file=self.stream, flush=True,
+                f"step {state.step}/{state.max_steps}: {text}, {speed:,.0f} {self.unit}s/s, {passed:.0f} s "
+                f"passed, about {left:.0f} s left", file=self.stream, flush=True,
             )  # fmt: skip
 
     def on_end(self, state: TrainState, model: nn.Module) -> None:

@@ -221,10 +221,16 @@ def _overlap(mean: Tensor, served: Tensor) -> Tensor:
 
 
 class MetricsLog(Callback):
-    """Appends lines to ``metrics.jsonl``."""
+    """Appends lines to ``metrics.jsonl``.
 
-    def __init__(self, run_dir: Path, *, dtype: str = "fp32"):
-        self.path, self.dtype = Path(run_dir) / "metrics.jsonl", dtype
+    Args:
+        run_dir: Folder of the run.
+        dtype: Precision to note in each line.
+        unit: What a label of a batch is: the speed is called ``tokens_per_second``.
+    """
+
+    def __init__(self, run_dir: Path, *, dtype: str = "fp32", unit: str = "token"):
+        self.path, self.dtype, self.unit = Path(run_dir) / "metrics.jsonl", dtype, unit
         self._since = (0, 0.0)
 
     def on_start(self, state: TrainState, model: nn.Module) -> None:
@@ -236,7 +242,8 @@ class MetricsLog(Callback):
         self._since = (state.tokens, state.seconds)
         keys = ("loss", "lm_loss", "aux", "lr", "grad_norm", "seconds")
         line = {"kind": "train", "step": state.step, **{k: state.metrics[k] for k in keys}}
-        self.write(state, {**line, "tokens_per_second": tokens / max(seconds, 1e-9), "dtype": self.dtype})
+        speed = {f"{self.unit}s_per_second": tokens / max(seconds, 1e-9)}
+        self.write(state, {**line, **speed, "dtype": self.dtype})
 
     def write(self, state: TrainState, line: dict) -> None:
         """Append one line on the main rank."""
