@@ -72,13 +72,10 @@ def say_table(result: Mapping) -> None:
     rows = result["metrics"]["curve"]
     seeds = sorted({network["seed"] for network in result["networks"]})
     branches = [b for b in BRANCHES if any(b in row["accuracy"] for row in rows)]
-    of = (
-        f"mean ± standard error of seeds {', '.join(map(str, seeds))}"
-        if len(seeds) > 1
-        else f"seed {seeds[0]}"
-    )
-    say(f"\ntest accuracy, %, {of} (each seed in brackets); a dense network has them all")
-    width = 16 + 8 * len(seeds) * (len(seeds) > 1)
+    several = len(seeds) > 1
+    of = f"mean ± standard error (seeds {', '.join(map(str, seeds))})" if several else f"seed {seeds[0]}"
+    say(f"\ntest accuracy, %, {of}")
+    width = 16 + 8 * len(seeds) * several
     say(f"{'weights':>10} {'share, %':>9} " + " ".join(f"{b:>{width}}" for b in branches) + "  outside masks")
     for row in rows:
         shown = [DENSE] if DENSE in row["accuracy"] else branches
