@@ -56,5 +56,6 @@ def say_pairs(rows: Sequence[Mapping[str, object]], images: int) -> None:
     say(f"{'seed':>4} {'share, %':>9} {'branch':>7} {'points':>7}  right: only it, only dense    p")
     for row in rows:
         points = 100 * (row["only_this"] - row["only_other"]) / images
+        p = f"{row['p_value']:.3f}" if row["p_value"] >= 0.001 else "<0.001"
         say(f"{row['seed']:>4} {100 * row['share']:>9.2f} {row['branch']:>7} {points:>+7.1f}  "
-            f"{row['only_this']:>14} {row['only_other']:>11}  {row['p_value']:>6.3f}")  # fmt: skip
+            f"{row['only_this']:>14} {row['only_other']:>11}  {p:>6}")  # fmt: skip
