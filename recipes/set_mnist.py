@@ -3,11 +3,15 @@
 ``python -m recipes.set_mnist``, scikit-learn's digits, or
 ``python -m recipes.set_mnist --dataset mnist --data_dir DIR --epochs 20 --num_threads 1``
 
-Three hidden layers of 1,000 neurons, 139,700 edges of 2.8 million places. After every epoch but the last the
-weakest 30 % of the edges go and as many come at random places (``--topology set``), or where the loss would
-fall fastest (``rigl``), or nothing moves (``static``); ``dense`` has all weights. The accuracy is that of the
-weights after the last step on test images on which nothing is chosen, beside logistic regression on pixels
-from the same run and a uniform guess. ``set_study`` compares the topologies over seeds.
+Three hidden layers of 1,000 neurons, 139,700 edges of 2.8 million places. After every epoch of the first 75 %
+of the steps (``--rewire_until``) the weakest 30 % of the edges go and as many come at random places
+(``--topology set``), or where the loss would fall fastest (``rigl``), or nothing moves (``static``);
+``dense`` has all weights. ``--epsilon`` says how many edges there are as the paper does. The accuracy is that
+of the weights after the last step on test images on which nothing is chosen, beside logistic regression on
+pixels from the same run and a uniform guess. ``set_study`` compares the topologies over seeds.
+
+Digits: 98.9 % in half a minute (three seeds, 98.6 to 99.2), logistic regression 96.7. MNIST: 98.65 % in two
+minutes of one core (98.58 to 98.69), logistic regression 92.7.
 """
 
 import math
