@@ -87,6 +87,7 @@ def slot_load(record: RunRecord) -> Figure:
         ax.set_title(text if len(shares) == 1 else f"block {layer}: {text}")
         ax.set_ylabel("edges, %")
         ax.grid(False, axis="x")
+        ax.set_xlim(-0.7, len(share) - 0.3)
     axes[-1].set_xlabel("slot")
     axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     return fig
