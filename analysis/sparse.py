@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from analysis import style
 from analysis.lines import from_zero, layer_colours, layer_legend, layer_lines
@@ -98,7 +98,11 @@ def edge_ages(record: RunRecord) -> Figure:
         share[share == 0] = np.nan  # a gap, not a fall to the bottom of the logarithmic axis
         ax.plot(np.arange(most + 1), share, color=colour, marker="o", markersize=3, linewidth=1.2)
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{style.amount(100 * share)} %"))
+    percent = FuncFormatter(lambda share, _: f"{style.amount(100 * share)} %")
+    ax.yaxis.set_major_formatter(percent)
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    low, high = ax.get_ylim()
+    ax.yaxis.set_minor_formatter(percent if high < 100 * low else NullFormatter())
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     ax.set_xlabel("rewirings survived")
     ax.set_ylabel("edges of the layer")

@@ -113,7 +113,7 @@ class SparseExpert(MessagePassing):
             return sparse_mlp(rows, ptr, gate_up, down, activation=self.activation)
         offsets = read_offsets(ptr, rows.size(0))
         parts = [self._apply_one(e, rows[low:high]) for e, (low, high) in enumerate(pairwise(offsets))]
-        return torch.cat([*parts, torch.zeros_like(rows[offsets[-1] :])])
+        return torch.cat([*parts, torch.zeros_like(rows[offsets[-1] :])]).to(x.dtype)
 
     @property
     def _heard(self) -> bool:

@@ -39,7 +39,7 @@ def test_calling_each_map_equals_the_fast_form(double):
     conv = SparseExpert(6, 10, 3, density=0.4)
     x, r, edges = rows_of(conv, 11, 2)
 
-    def heard():
+    def heard(x=x):
         hook = conv.gate_up_proj[0].register_forward_hook(lambda *_: None)
         try:
             return conv(x, edges, r.expert, r.ptr)
@@ -47,6 +47,7 @@ def test_calling_each_map_equals_the_fast_form(double):
             hook.remove()
 
     assert_same(conv, [x], lambda: conv(x, edges, r.expert, r.ptr), heard)
+    assert heard(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
