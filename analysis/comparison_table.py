@@ -69,7 +69,7 @@ def markdown_table(groups: Sequence[Group], baseline: str | None) -> str:
     widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     header, *body = [[_pad(row, widths, place) for place in range(len(columns))] for row in lines]
-    note = "±: standard deviation over seeds; held-out text, means over layers; speed in training, median."
+    note = "±: standard deviation over seeds; held-out data, means over layers; speed in training, median."
     if metric == "accuracy":
         note += " Held-out is the test part, on which nothing was chosen."
     if reference is not None:
