@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from graphmoe.ops.expert_loop import HALVES, activate, activate_back, read_offsets
 from graphmoe.ops.memory import empty
-from graphmoe.ops.spmm import _ends, _product
+from graphmoe.ops.spmm import end_products, sparse_product
 from graphmoe.ops.topology import Topology
 
 PIECE_ROWS = 192
@@ -63,10 +63,10 @@ class _SparseMLP(torch.autograd.Function):
         kept = []
         for expert, here in _pieces(offsets):
             first, second = graphs[expert], graphs[experts + expert]
-            pre = _product(first.ptr, first.source, weights[expert], rows[here].t().contiguous())
+            pre = sparse_product(first.ptr, first.source, weights[expert], rows[here].t().contiguous())
             active = empty(rows, second.num_sources, pre.size(1))
             activate(activation, pre.chunk(HALVES[activation]), active)
-            out[here] = _product(second.ptr, second.source, weights[experts + expert], active).t()
+            out[here] = sparse_product(second.ptr, second.source, weights[experts + expert], active).t()
             kept.append(pre)
         if any(ctx.needs_input_grad):
             ctx.offsets, ctx.graphs, ctx.activation = offsets, graphs, activation
@@ -90,15 +90,15 @@ class _SparseMLP(torch.autograd.Function):
             activate_back(
                 ctx.activation, pre.chunk(halves), grad_active, active, spare, grad_pre.chunk(halves), None
             )
-            grads[two] += _ends(second.ptr, second.source, grad_out, active)
-            grads[one] += _ends(first.ptr, first.source, grad_pre, x)
+            grads[two] += end_products(second.ptr, second.source, grad_out, active)
+            grads[one] += end_products(first.ptr, first.source, grad_pre, x)
             grad_rows[here] = _back(first, weights[one], grad_pre).t()
         return grad_rows, None, None, None, *grads
 
 
 def _back(graph: Topology, weight: Tensor, grad: Tensor) -> Tensor:
     """Gradient of the sources ``[N, r]`` of that of the targets."""
-    return _product(graph.ptr_t, graph.target_t, weight.index_select(0, graph.perm), grad)
+    return sparse_product(graph.ptr_t, graph.target_t, weight.index_select(0, graph.perm), grad)
 
 
 def _pieces(offsets: list[int]) -> list[tuple[int, slice]]:

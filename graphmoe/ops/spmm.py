@@ -63,8 +63,9 @@ def spmm(
     return apply(weight, x, *graph.tensors()).to(dtype)
 
 
-def _product(ptr: Tensor, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """Rows ``ptr``, columns ``index`` and values ``weight``, times ``x``."""
+def sparse_product(ptr: Tensor, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """A sparse matrix times ``x [N, F]``, without gradients. Its rows begin at ``ptr [R + 1]``, its columns
+    are ``index [M]``, both int32 and checked before; its values are ``weight [M]``. Returns ``[R, F]``."""
     rows = ptr.numel() - 1
     if _as_bags(rows, x) and index.numel():
         return torch.embedding_bag(x, index, ptr, False, 0, False, weight, True)[0]
@@ -103,15 +104,16 @@ def _gradients(
     """Gradients of the weights ``[M]`` and of ``x [N, F]``, where needed."""
     grad, grad_weight, grad_x = grad.contiguous(), None, None
     if needed[0]:
-        found = _ends(ptr, source, grad, x)
+        found = end_products(ptr, source, grad, x)
         grad_weight = found if order is None else torch.empty_like(found).index_copy_(0, order, found)
     if needed[1]:
-        grad_x = _product(ptr_t, target_t, weight.index_select(0, perm), grad)
+        grad_x = sparse_product(ptr_t, target_t, weight.index_select(0, perm), grad)
     return grad_weight, grad_x
 
 
-def _ends(ptr: Tensor, source: Tensor, grad: Tensor, x: Tensor) -> Tensor:
-    """Scalar product of the rows of both ends of each edge, ``[M]``."""
+def end_products(ptr: Tensor, source: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    """Scalar product of the rows of both ends of each edge, ``[M]``: of ``grad [R, F]`` at its target, which
+    ``ptr [R + 1]`` says, and of ``x [N, F]`` at its ``source [M]``, both int32 and checked before."""
     count, (targets, sources) = source.numel(), (grad.size(0), x.size(0))
     if count == 0 or x.size(1) == 0:
         return x.new_zeros(count)
@@ -136,7 +138,7 @@ class _SpMM(torch.autograd.Function):
         target_t: Tensor,
         perm: Tensor,
     ) -> Tensor:
-        return _product(ptr, source, _in_order(weight, order), x)
+        return sparse_product(ptr, source, _in_order(weight, order), x)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -160,7 +162,7 @@ def _spmm(
     target_t: Tensor,
     perm: Tensor,
 ) -> Tensor:
-    return _product(ptr, source, _in_order(weight, order), x)
+    return sparse_product(ptr, source, _in_order(weight, order), x)
 
 
 @_spmm.register_fake
