@@ -80,6 +80,8 @@ class RunConfig:
     min_lr_ratio: float = flag(
         0.0, "last learning rate as a fraction of the peak, for schedules that have one"
     )
+    optimizer: Literal["adamw", "sgd"] = flag("adamw", "adamw, or sgd with momentum, whose decay is L2")
+    momentum: float = flag(0.9, "share of the last update that sgd adds to the next")
     weight_decay: float = flag(0.1, "decoupled weight decay, a step and unit of learning rate")
     adam_beta1: float = flag(0.9, "decay of AdamW's mean of gradients", aliases=["--beta1"])
     adam_beta2: float = flag(0.95, "decay of AdamW's mean of squared gradients", aliases=["--beta2"])
@@ -123,7 +125,7 @@ class RunConfig:
         for name in ("learning_rate", "weight_decay"):
             value = getattr(self, name)
             self.require(name, math.isfinite(value) and value >= 0, "a finite number >= 0")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "momentum"):
             self.require(name, 0 <= getattr(self, name) < 1, "a number >= 0 and < 1")
         self.require("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "a number from 0 to 1")
         self.require("warmup_steps", self.warmup_steps >= 0, "a number >= 0")

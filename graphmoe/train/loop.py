@@ -17,7 +17,7 @@ from graphmoe import checkpoint
 from graphmoe.checkpoint.shards import whole
 from graphmoe.errors import GraphMoEError
 from graphmoe.train.config import RunConfig, Stopped
-from graphmoe.train.optim import adamw
+from graphmoe.train.optim import adamw, sgd
 from graphmoe.train.parallel import compiled, gradient_norm, parallelize
 from graphmoe.train.ranks import any_rank, make_accelerator, mean_of_ranks
 from graphmoe.train.schedule import lr_schedule
@@ -147,12 +147,11 @@ def fit(
     micros, start = config.gradient_accumulation_steps, 0
     model.to(accelerator.device)
     model.train()
-    optimizer = adamw(
-        model,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        betas=(config.adam_beta1, config.adam_beta2),
-    )
+    rates = {"learning_rate": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        optimizer = sgd(model, **rates, momentum=config.momentum)
+    else:
+        optimizer = adamw(model, **rates, betas=(config.adam_beta1, config.adam_beta2))
 
     def learn(net: nn.Module, index: int) -> tuple[object, int]:
         """Add the gradients of one micro-batch; returns its outputs and its number of tokens."""

@@ -1,4 +1,4 @@
-"""AdamW with the usual decay groups, updates scaled for slices of stacked parameters, rates of ghosts."""
+"""Optimisers with the usual decay groups, updates scaled for slices of stacked parameters, ghosts' rates."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -26,15 +26,26 @@ def adamw(
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.95),
 ) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: weights of two or more dimensions outside embeddings and
-    expert adjacencies."""
+    """AdamW that decays matrices only, see :func:`decay_groups`."""
+    return torch.optim.AdamW(decay_groups(model, weight_decay), lr=learning_rate, betas=betas, fused=True)
+
+
+def sgd(
+    model: nn.Module, *, learning_rate: float, weight_decay: float = 0.0, momentum: float = 0.9
+) -> torch.optim.SGD:
+    """Gradient descent with momentum; the decay, of matrices only, is part of the gradient as usual."""
+    return torch.optim.SGD(decay_groups(model, weight_decay), lr=learning_rate, momentum=momentum, fused=True)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups of an optimiser: what decays is weights of two or more dimensions outside embeddings
+    and expert adjacencies."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decay, keep = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() >= 2 and id(parameter) not in embeddings
         (decay if is_matrix and not name.endswith("adjacency") else keep).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
 
 
 def scale_updates(optimizer: Optimizer, scales: Mapping[nn.Parameter, Callable[[], Tensor]]) -> None:

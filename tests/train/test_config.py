@@ -138,6 +138,7 @@ def test_what_is_not_there(argv, message):
         ("min_lr_ratio", 1.5),
         ("adam_beta1", 1.0),
         ("adam_beta2", -0.1),
+        ("momentum", 1.0),
         ("track_project", "a/b"),
         ("seed", -1),
         ("seed", 2**63),

@@ -16,6 +16,7 @@ from graphmoe.train.config import RunConfig, Stopped
 from graphmoe.train.evaluate import mean_loss
 from graphmoe.train.logs import MetricsLog, RecordLog
 from graphmoe.train.loop import Callback, Every, NonFiniteError, fit, reseed
+from graphmoe.train.optim import decay_groups
 from graphmoe.train.orthogonality import OrthogonalityWarmup
 
 
@@ -100,7 +101,8 @@ def assert_equal_models(a, b):
 
 
 @pytest.mark.parametrize("cut", [1, 5, 7, 10])
-@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2},
+                                     {"optimizer": "sgd", "max_grad_norm": 0.5}], ids=str)  # fmt: skip
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path, cut, options):
     whole, all_losses = train(tmp_path / "whole", **options)
     _, first = train(tmp_path / "cut", extra=[Interrupt(cut)], **options)
@@ -289,6 +291,24 @@ def test_the_betas_are_those_of_the_flags(tmp_path):
         setup=lambda optimizer: seen.extend(group["betas"] for group in optimizer.param_groups),
     )  # fmt: skip
     assert seen == [(0.5, 0.75)] * 2
+
+
+def test_sgd_is_that_of_torch(tmp_path):
+    nets, rates = (model(dropout=0.0), model(dropout=0.0)), []
+    options = {"optimizer": "sgd", "momentum": 0.8, "weight_decay": 0.1, "lr_scheduler_type": "constant"}
+    fit(
+        nets[0], batches, config(max_steps=3, warmup_steps=0, max_grad_norm=1e9, **options), tmp_path,
+        setup=lambda optimizer: rates.extend(group["weight_decay"] for group in optimizer.param_groups),
+    )  # fmt: skip
+    assert rates == [0.1, 0.0]
+    decayed, others = decay_groups(nets[1], 0.1)
+    optimizer = torch.optim.SGD([decayed, others], lr=1e-2, momentum=0.8)
+    for step in range(3):
+        optimizer.zero_grad()
+        nets[1].train()(**batches(step, 4, slice(0, 4))).loss.backward()
+        optimizer.step()
+    for name, value in nets[0].state_dict().items():
+        torch.testing.assert_close(value, nets[1].state_dict()[name], msg=name)
 
 
 def test_metrics_and_plain_progress(tmp_path):
