@@ -44,6 +44,7 @@ class LotteryViTConfig(LotteryConfig):
     max_steps: int = flag(200, "optimiser steps to train each network for")
     rounds: int = flag(3, "levels of sparsity: times that the network is trained, pruned and rewound")
     batch_size: int = flag(64, "images in a batch, in all processes together")
+    eval_every: int = flag(200, "optimiser steps between evaluations on the validation part")
     save_every: int = flag(200, "optimiser steps between checkpoints", aliases=["--save_interval"])
     learning_rate: float = flag(2e-3, "peak learning rate")
     adam_beta2: float = with_default(LotteryConfig, "adam_beta2", 0.99)
