@@ -35,7 +35,8 @@ class StudyFlags:
     LanguageModelConfig)``. A comparison may have other defaults, and declares its arms itself.
 
     Raises:
-        ConfigError: No seed, or learning rates that are not different numbers above 0.
+        ConfigError: No seed, learning rates that are not different numbers above 0, or a single one that no
+            arm would have.
     """
 
     num_seeds: int = flag(3, "seeds of each arm, from --seed on")
@@ -46,6 +47,9 @@ class StudyFlags:
         self.require("num_seeds", self.num_seeds >= 1, "a number >= 1")
         fits = _distinct(self.learning_rates) and min(self.learning_rates) > 0
         self.require("learning_rates", fits, "one or more different numbers > 0")
+        (default,) = (f.default for f in fields(self) if f.name == "learning_rate")
+        used = self.learning_rate in (default, *self.learning_rates)
+        self.require("learning_rate", used, "--learning_rates, from which each arm chooses")
 
     def require_some_of(self, name: str, known: Iterable[str], *, with_: str | None = None) -> None:
         """Check that the field ``name`` lists different ones of ``known``, and among them ``with_``."""

@@ -10,6 +10,8 @@ from recipes.expert_choice_classify import ExpertChoiceClassifyConfig
 from recipes.language_model_config import LanguageModelConfig
 from recipes.moc_ablate import AblateConfig
 from recipes.moc_lm import MocConfig
+from recipes.set_config import SetConfig
+from recipes.set_study import SetStudyConfig
 from recipes.study_flags import StudyFlags
 
 STUDIES = {
@@ -17,6 +19,7 @@ STUDIES = {
     CompareConfig: LanguageModelConfig,
     AblateConfig: MocConfig,
     ExpertChoiceClassifyConfig: ClassifierConfig,
+    SetStudyConfig: SetConfig,
 }
 
 
@@ -28,6 +31,13 @@ def test_defaults_are_those_of_the_models_but_for_what_a_study_says(kind):
     for name, value in vars(model).items():
         assert name in said or getattr(study, name) == value, name
     assert study.num_seeds == 3 and kind().learning_rates is not study.learning_rates
+
+
+@pytest.mark.parametrize("kind", STUDIES)
+def test_a_rate_that_no_arm_would_have(kind):
+    kind(learning_rate=0.5, learning_rates=[0.5, 0.1])
+    with pytest.raises(ConfigError, match=r"--learning_rate: .*expected --learning_rates, from which"):
+        kind(learning_rate=0.5)
 
 
 @pytest.mark.parametrize("kind", STUDIES)
