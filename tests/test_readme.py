@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 
 
 def test_layer_inside_a_gnn():
@@ -25,13 +27,23 @@ def test_layer_inside_a_gnn():
     assert loss < 0.5  # chance is log 4 = 1.39
 
 
-def test_every_command_exists():
-    make = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.M)):
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_command_and_link_exists(path):
+    make = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", PAGES[path], re.M)):
         assert re.search(rf"^{target}:", make, re.M), target
-    for module in set(re.findall(r"python -m ((?:recipes|analysis)[.\w]*)", README)):
-        path = Path(__file__).parents[1] / module.replace(".", "/")
-        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    for module in set(re.findall(r"python -m ((?:recipes|analysis|benchmarks|examples)[.\w]*)", PAGES[path])):
+        file = ROOT / module.replace(".", "/")
+        assert file.with_suffix(".py").exists() or (file / "__main__.py").exists(), module
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[path]):
+        assert (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_imports_of_examples_work(path):
+    for block in re.findall(r"```python\n(.*?)```", PAGES[path], re.S):
+        lines = [line for line in block.splitlines() if re.match(r"(from|import) ", line)]
+        exec(compile("\n".join(lines), path.name, "exec"), {})
 
 
 def test_flags_exist(capsys):
