@@ -13,7 +13,7 @@ before any has two. Stop it when you like: ``--resume`` goes on, ``--evaluate`` 
 Measured as two processes of one thread with half of the arms each, whose runs were then put together: 38
 minutes on two cores; as one process of two threads about 45, an estimate.
 Claimed elsewhere: nothing; no result of such a model was ever published. Measured, three seeds: at this size
-collaboration makes the model worse, see the README.
+collaboration makes the model worse, see docs/collaboration.md.
 """
 
 import itertools
