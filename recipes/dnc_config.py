@@ -42,6 +42,8 @@ class SequenceConfig(RunConfig):
     slots: int = flag(32, "slots of a memory; no parameter depends on them", aliases=["--num_slots"])
     slot_size: int = flag(16, "channels of a slot")
     heads: int = flag(1, "read heads")
+    content_bias: float = flag(0.0, "start of the bias of reading by content, against reading along links")
+    write_bias: float = flag(0.0, "start of the biases of the gates that write and that allocate")
     length: int = flag(20, "largest difficulty in training: vectors, items or nodes")
     curriculum_start: int = flag(4, "largest difficulty at the first step")
     curriculum_steps: int = flag(300, "optimiser steps until the largest difficulty; 0 for all at once")
@@ -100,6 +102,8 @@ class SequenceConfig(RunConfig):
             num_slots=self.slots,
             slot_size=self.slot_size,
             num_read_heads=self.heads,
+            content_bias=self.content_bias,
+            write_bias=self.write_bias,
         )
         model = DNCForSequencePrediction(computer)
         if self.model == "dnc":

@@ -20,6 +20,7 @@ class DNCConfig(PreTrainedConfig):
         num_slots: Slots ``S`` of a sample's memory; no parameter depends on them.
         slot_size: Channels ``W`` of a slot.
         num_read_heads: Read heads ``R``.
+        content_bias, write_bias: Where gates start, see :class:`~graphmoe.nn.memory.DNCCell`.
 
     Raises:
         ConfigError: Something that is less than 1.
@@ -34,6 +35,8 @@ class DNCConfig(PreTrainedConfig):
     num_slots: int = 32
     slot_size: int = 16
     num_read_heads: int = 1
+    content_bias: float = 0.0
+    write_bias: float = 0.0
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -67,7 +70,14 @@ class DNCForSequencePrediction(SequencePredictionModel):
 
     def __init__(self, config: DNCConfig):
         super().__init__(config)
-        self.cell = DNCCell(config.input_size, config.hidden_size, config.num_read_heads, config.slot_size)
+        self.cell = DNCCell(
+            config.input_size,
+            config.hidden_size,
+            config.num_read_heads,
+            config.slot_size,
+            config.content_bias,
+            config.write_bias,
+        )
         self.output = nn.Linear(self.cell.out_channels, config.output_size)
         self.post_init()
 

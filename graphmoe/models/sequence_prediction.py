@@ -67,6 +67,7 @@ class SequencePredictionModel(PreTrainedModel):
             for lin, bound in module.bounds():
                 init.uniform_(lin.weight, -bound, bound)
             init.copy_(module.lin_input.bias, _remembering(module.lin_input.bias, module.hidden_channels))
+            init.copy_(module.lin_interface.bias, module.interface_start())
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside transformers this skips modules without tensors of their own, such as a cell.

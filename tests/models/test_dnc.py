@@ -8,6 +8,7 @@ from graphmoe.models import DNCConfig, DNCForSequencePrediction, LSTMConfig, LST
 from graphmoe.models.lstm import lstm_of_size
 from graphmoe.models.sequence_prediction import UNSCORED
 from graphmoe.nn import edge_form
+from graphmoe.nn.memory.dnc_memory import parse_interface
 
 SMALL = {"input_size": 3, "output_size": 2, "hidden_size": 8}
 MODELS = {
@@ -73,6 +74,22 @@ def test_starts_to_remember(name):
     model = MODELS[name]()
     bias = model.cell.lin_input.bias if name == "dnc" else model.lstm.bias_ih_l0 + model.lstm.bias_hh_l0
     assert (bias[8:16] == 1).all() and not bias[:8].any() and not bias[16:].any()
+
+
+def test_gates_start_where_the_config_says():
+    config = DNCConfig(**SMALL, slot_size=4, num_read_heads=2, content_bias=2.0, write_bias=3.0)
+    plain, model = MODELS["dnc"](), DNCForSequencePrediction(config)
+    assert not plain.cell.lin_interface.bias.any()
+    bias = model.cell.lin_interface.bias
+    assert torch.equal(bias, model.cell.interface_start())
+    model.cell.reset_parameters()  # a cell by itself starts the same
+    assert torch.equal(bias, model.cell.interface_start())
+    told = parse_interface(bias[None], 2, 4)
+    for gate in (told.allocation_gate, told.write_gate):
+        torch.testing.assert_close(gate, torch.sigmoid(torch.full((1, 1), 3.0)))
+    torch.testing.assert_close(told.modes, torch.softmax(torch.tensor([[[0.0, 2, 0]] * 2]), dim=-1))
+    assert (told.free_gates == 0.5).all()
+    assert not told.read_keys.any() and not told.vector.any() and (told.erase == 0.5).all()
 
 
 def test_answers_start_from_what_was_read():

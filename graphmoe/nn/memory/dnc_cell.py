@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from graphmoe.errors import ConfigError
 from graphmoe.nn.memory.dnc_memory import DNCMemory, SlotState
 from graphmoe.ops.dnc_sequence import dnc_sequence
+from graphmoe.ops.dnc_step import interface_parts
 
 
 class DNCState(NamedTuple):
@@ -49,6 +50,10 @@ class DNCCell(nn.Module):
         hidden_channels: Channels ``H`` of the controller.
         heads: Read heads ``R``.
         slot_channels: Channels ``W`` of a slot.
+        content_bias: Start of the bias of reading by content, against reading along links. Read weights start
+            at 0 and links only pass them on, so that a head that leaves content early reads nothing.
+        write_bias: Start of the biases of the write gate and of the allocation gate, which is then open for
+            slots that are free.
 
     Shapes:
         - **input:** ``x [B, T, in_channels]``, :class:`DNCState` (or ``None`` and ``num_slots``).
@@ -59,11 +64,20 @@ class DNCCell(nn.Module):
         ConfigError: No channels, heads or slots.
     """
 
-    def __init__(self, in_channels: int, hidden_channels: int, heads: int = 1, slot_channels: int = 16):
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        heads: int = 1,
+        slot_channels: int = 16,
+        content_bias: float = 0.0,
+        write_bias: float = 0.0,
+    ):
         super().__init__()
         if hidden_channels < 1:
             raise ConfigError("a controller has channels", "hidden_channels", "at least 1", hidden_channels)
         self.in_channels, self.hidden_channels = in_channels, hidden_channels
+        self.content_bias, self.write_bias = content_bias, write_bias
         self.memory = DNCMemory(heads, slot_channels)
         self.lin_input = nn.Linear(in_channels, 4 * hidden_channels)
         self.lin_state = nn.Linear(heads * slot_channels + hidden_channels, 4 * hidden_channels, bias=False)
@@ -74,9 +88,9 @@ class DNCCell(nn.Module):
         """Draw the weights; the controller starts to remember, with a forget gate of sigmoid(1)."""
         for lin, bound in self.bounds():
             nn.init.uniform_(lin.weight, -bound, bound)
-        nn.init.zeros_(self.lin_interface.bias)
         nn.init.zeros_(self.lin_input.bias)
         with torch.no_grad():
+            self.lin_interface.bias.copy_(self.interface_start())
             self.lin_input.bias[self.hidden_channels : 2 * self.hidden_channels] = 1
 
     def bounds(self) -> tuple[tuple[nn.Linear, float], ...]:
@@ -88,6 +102,15 @@ class DNCCell(nn.Module):
         recurrent = self.hidden_channels**-0.5
         inputs = self.in_channels**-0.5
         return (self.lin_input, inputs), (self.lin_state, recurrent), (self.lin_interface, 3 * recurrent)
+
+    def interface_start(self) -> Tensor:
+        """The bias of the interface before training, ``[W R + 3 W + 5 R + 3]``."""
+        heads = self.memory.heads
+        start = torch.zeros_like(self.lin_interface.bias)
+        *_, gates, modes = start.split(interface_parts(heads, self.memory.width))
+        gates[-2:] = self.write_bias  # allocation gate and write gate
+        modes.view(heads, 3)[:, 1] = self.content_bias
+        return start
 
     @property
     def out_channels(self) -> int:
