@@ -127,22 +127,12 @@ def end_products(ptr: Tensor, source: Tensor, grad: Tensor, x: Tensor) -> Tensor
 
 
 class _SpMM(torch.autograd.Function):
+    # No setup_context: with one torch binds arguments by signature, which takes as long as a small product.
     @staticmethod
-    def forward(
-        weight: Tensor,
-        x: Tensor,
-        ptr: Tensor,
-        source: Tensor,
-        order: Tensor | None,
-        ptr_t: Tensor,
-        target_t: Tensor,
-        perm: Tensor,
-    ) -> Tensor:
+    def forward(ctx, weight: Tensor, x: Tensor, *laid_out: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, x, *laid_out)
+        ptr, source, order = laid_out[:3]
         return sparse_product(ptr, source, _in_order(weight, order), x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
