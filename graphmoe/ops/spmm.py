@@ -23,15 +23,20 @@ with warnings.catch_warnings():  # torch says once that its CSR tensors are in b
 
 
 def spmm(
-    edge_index: Tensor | Topology, weight: Tensor | None, x: Tensor, *, num_targets: int | None = None
+    edge_index: Tensor | Topology,
+    weight: Tensor | None,
+    x: Tensor,
+    *,
+    bias: Tensor | None = None,
+    num_targets: int | None = None,
 ) -> Tensor:
     r"""Sum the features of the sources of each target, each times the weight of its edge,
 
     .. math::
-        y_i = \sum_{j \to i} w_{ji} x_j .
+        y_i = b_i + \sum_{j \to i} w_{ji} x_j .
 
-    Differentiable once, in ``weight`` and ``x``; deterministic on a CPU. A target without edges gets 0. In
-    half precision sums are taken in float32.
+    Differentiable once, in ``weight``, ``x`` and ``bias``; deterministic on a CPU. A target without edges
+    gets its bias, or 0. In half precision sums are taken in float32.
 
     Args:
         edge_index: An :class:`~torch_geometric.EdgeIndex`, which is checked and laid out when it is first
@@ -39,13 +44,14 @@ def spmm(
             in any order, for which it is done at every call.
         weight: Weight of each edge, ``[M]``; ``None``: all 1.
         x: Features of the sources, ``[N, F]``.
+        bias: What each target adds to all its features, ``[targets]``; ``None``: nothing.
         num_targets: Number of targets. Default: that of the ``EdgeIndex`` or topology, else ``N``.
 
     Returns:
         ``[targets, F]``.
 
     Raises:
-        GraphError: An id out of range, or weights or features of other sizes.
+        GraphError: An id out of range, or weights, features or a bias of other sizes.
     """
     if x.dim() != 2:
         raise GraphError("not features of nodes", "x", "[N, F]", tuple(x.shape))
@@ -54,13 +60,19 @@ def spmm(
         weight = x.new_ones(graph.num_edges)
     if weight.shape != (graph.num_edges,):
         raise GraphError("not one weight an edge", "weight", f"[{graph.num_edges}]", tuple(weight.shape))
+    if bias is not None and bias.shape != (graph.num_targets,):
+        raise GraphError("not one bias a target", "bias", f"[{graph.num_targets}]", tuple(bias.shape))
     dtype = torch.promote_types(weight.dtype, x.dtype)
     if not dtype.is_floating_point:
         raise GraphError("no floating-point numbers", "x", "float32 or float64", str(x.dtype))
     inner = torch.float32 if dtype.itemsize < 4 else dtype
     weight, x = weight.to(inner), x.to(inner).contiguous()
-    apply = _spmm if torch.compiler.is_compiling() else _SpMM.apply
-    return apply(weight, x, *graph.tensors()).to(dtype)
+    if bias is not None:
+        bias = bias.to(inner)
+    if not torch.compiler.is_compiling():
+        return _SpMM.apply(weight, x, bias, *graph.tensors()).to(dtype)
+    out = _spmm(weight, x, *graph.tensors())
+    return (out if bias is None else out + bias.unsqueeze(1)).to(dtype)
 
 
 def sparse_product(ptr: Tensor, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
@@ -129,15 +141,17 @@ def end_products(ptr: Tensor, source: Tensor, grad: Tensor, x: Tensor) -> Tensor
 class _SpMM(torch.autograd.Function):
     # No setup_context: with one torch binds arguments by signature, which takes as long as a small product.
     @staticmethod
-    def forward(ctx, weight: Tensor, x: Tensor, *laid_out: Tensor | None) -> Tensor:
+    def forward(ctx, weight: Tensor, x: Tensor, bias: Tensor | None, *laid_out: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, x, *laid_out)
         ptr, source, order = laid_out[:3]
-        return sparse_product(ptr, source, _in_order(weight, order), x)
+        out = sparse_product(ptr, source, _in_order(weight, order), x)
+        return out if bias is None else out.add_(bias.unsqueeze(1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad[:2]), *[None] * 6
+        of_bias = grad.sum(dim=1) if ctx.needs_input_grad[2] else None
+        return *_gradients(grad, *ctx.saved_tensors, ctx.needs_input_grad[:2]), of_bias, *[None] * 6
 
 
 # The same as an operator that torch.compile does not look into. Called directly it takes longer to begin.

@@ -21,14 +21,14 @@ def test_both_forms_agree(double, kind, targets):
         EdgeIndex(EDGES, sparse_size=(5, targets)) if kind == "edge_index" else Topology(EDGES, (5, targets))
     )
     x, weight = torch.randn(5, 3, requires_grad=True), torch.randn(8, requires_grad=True)
-    nodes = (x, torch.zeros(targets, 3))
+    nodes, bias = (x, torch.zeros(targets, 3)), torch.randn(targets, requires_grad=True)
 
     def edges():
         with edge_form(conv):
-            return conv(nodes, graph, weight)
+            return conv(nodes, graph, weight, bias)
 
-    assert_same(conv, [x, weight], lambda: conv(nodes, graph, weight), edges)
-    assert_same(conv, [x, weight], edges, lambda: conv(nodes, EDGES, weight))
+    assert_same(conv, [x, weight, bias], lambda: conv(nodes, graph, weight, bias), edges)
+    assert_same(conv, [x, weight, bias], edges, lambda: conv(nodes, EDGES, weight, bias))
 
 
 def test_a_sparse_matrix_is_its_transposed_adjacency(double):
@@ -62,6 +62,9 @@ def test_wrong_input():
         conv(x, torch.tensor([[7], [0]]))
     with pytest.raises(GraphError, match="not one weight an edge"):
         conv(x, EDGES, torch.ones(3))
+    for graph in (EDGES, EdgeIndex(EDGES, sparse_size=(5, 5))):
+        with pytest.raises(GraphError, match="not one bias a target"):
+            conv(x, graph, bias=torch.ones(3))
     with pytest.raises(GraphError, match="not one weight an edge"):
         conv(x, EdgeIndex(EDGES, sparse_size=(5, 5)), torch.ones(3))
     assert repr(conv) == "WeightedSumConv()"

@@ -58,6 +58,17 @@ def test_wide_rows_of_float32_equal_those_of_float64(sizes, channels):
         torch.testing.assert_close(narrow.double(), wide, rtol=1e-5, atol=1e-5)
 
 
+def test_bias(double):
+    made = Topology(graph(), (5, 4))
+    weight, x, bias = (torch.randn(*s, requires_grad=True) for s in [(9,), (5, 3), (4,)])
+    expected = spmm(made, weight, x) + bias.unsqueeze(1)
+    torch.testing.assert_close(spmm(made, weight, x, bias=bias), expected)
+    assert gradcheck(lambda w, v, b: spmm(made, w, v, bias=b), (weight, x, bias))
+    assert gradcheck(lambda b: spmm(made, None, x.detach(), bias=b), (bias,))
+    with pytest.raises(GraphError, match="not one bias a target"):
+        spmm(made, weight, x, bias=torch.randn(5))
+
+
 def test_gradcheck(double):
     edges, made = graph(), Topology(graph(), (5, 4))
     weight, x = torch.randn(9, requires_grad=True), torch.randn(5, 3, requires_grad=True)

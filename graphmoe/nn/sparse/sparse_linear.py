@@ -139,9 +139,8 @@ class SparseLinear(nn.Module):
             expected = f"[{self.in_channels}, N]" if feature_major else f"[*, {self.in_channels}]"
             raise GraphError("input of other channels", "x", expected, tuple(x.shape))
         nodes = x if feature_major else x.reshape(-1, self.in_channels).t()  # [in, N]
-        out = self.conv((nodes, nodes.new_empty(self.out_channels, 0)), self.topology(), self.weight)
-        if self.bias is not None:
-            out.add_(self.bias.unsqueeze(1))  # in place: writing elsewhere takes as long as a thin product
+        ends = (nodes, nodes.new_empty(self.out_channels, 0))
+        out = self.conv(ends, self.topology(), self.weight, self.bias)
         return out if feature_major else out.t().reshape(*x.shape[:-1], self.out_channels)
 
     @torch.no_grad()
