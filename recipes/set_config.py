@@ -33,7 +33,9 @@ class SetConfig(RewireFlags, RunConfig):
     eval_every: int = flag(200, "optimiser steps between evaluations on the validation part")
     save_every: int = flag(500, "optimiser steps between checkpoints", aliases=["--save_interval"])
     log_every: int = flag(50, "optimiser steps between lines of metrics", aliases=["--log_interval"])
-    dataset: str = flag("digits", "digits (of scikit-learn), mnist, fashion_mnist or cifar10")
+    dataset: str = flag(
+        "digits", "digits (of scikit-learn), mnist, fashion_mnist, cifar10, or a name on the hub"
+    )
     validation: float = flag(0.02, "share of the training images to watch, not to train on")
     train_images: int | None = flag(None, "take only the first so many of the training images")
     test_images: int | None = flag(None, "take only the first so many of the test images")

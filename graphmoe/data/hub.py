@@ -77,8 +77,25 @@ def open_hub(
         streaming: Whether to read rows as they arrive instead of downloading all of them first.
 
     Raises:
-        DataError: If ``datasets`` is not installed, the data set cannot be loaded, or it has no such
-            split or column of text.
+        DataError: As :func:`load_splits`, or if the data set has no such split or column of text.
+    """
+    splits = load_splits(name, streaming=streaming)
+    if split not in splits:
+        what = f"the data set has no {'training split' if split == 'train' else f'split {split}'}"
+        raise DataError(what, name, f"a split named {split}", sorted(splits))
+    held_out = next((other for other in ("validation", "test") if other in splits and other != split), None)
+    return HubText(name, splits, split, held_out, _text_column(splits[split], name, text_column))
+
+
+def load_splits(name: str, *, streaming: bool = False) -> Mapping[str, Any]:
+    """The splits of a data set on the Hugging Face hub or in the cache, as ``datasets`` has them.
+
+    Args:
+        name: ``"owner/name"``, ``"owner/name:config"`` or ``"name:config"``.
+        streaming: Whether to read rows as they arrive instead of downloading all of them first.
+
+    Raises:
+        DataError: If ``datasets`` is not installed, or the data set cannot be loaded.
     """
     try:
         import datasets
@@ -91,16 +108,11 @@ def open_hub(
     if path.isidentifier() and find_spec(f"datasets.packaged_modules.{path}"):
         raise DataError("the name of a file format, not of a data set", name, "owner/name or name:config")
     try:
-        splits = datasets.load_dataset(path, config or None, **({"streaming": True} if streaming else {}))
+        return datasets.load_dataset(path, config or None, **({"streaming": True} if streaming else {}))
     except Exception as error:  # the hub client, the file readers and the network share no base class
         raise DataError(
             "no such file or folder, and not reachable as a datasets name", name, got=first_line(error)
         ) from error
-    if split not in splits:
-        what = f"the data set has no {'training split' if split == 'train' else f'split {split}'}"
-        raise DataError(what, name, f"a split named {split}", sorted(splits))
-    held_out = next((other for other in ("validation", "test") if other in splits and other != split), None)
-    return HubText(name, splits, split, held_out, _text_column(splits[split], name, text_column))
 
 
 def hub_documents(name: str) -> tuple[list[str], list[str] | None]:

@@ -1,4 +1,4 @@
-"""Labelled images: those of scikit-learn, or MNIST, Fashion-MNIST and CIFAR-10 from a folder."""
+"""Labelled images: those of scikit-learn, or others from a folder or the Hugging Face hub."""
 
 import hashlib
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from graphmoe.data.image_files import LabelledImages, pair, present, read_idx, read_npz
+from graphmoe.data.image_hub import hub_images
 from graphmoe.errors import DataError
 
 FOLDERS = ("mnist", "fashion_mnist", "cifar10")
@@ -81,10 +82,10 @@ def load_images(
     part. The others have a test part of their own.
 
     Args:
-        name: ``digits``, ``mnist``, ``fashion_mnist`` or ``cifar10``.
+        name: ``digits``, ``mnist``, ``fashion_mnist`` or ``cifar10``, or ``"owner/name"`` on the hub.
         data_dir: Folder that holds, itself or in a folder of that name, the four IDX files of MNIST or
             Fashion-MNIST, zipped or not; or one ``.npz`` with ``x_train``, ``y_train``, ``x_test``,
-            ``y_test`` and maybe ``label_names``.
+            ``y_test`` and maybe ``label_names``. Without it they come from the Hugging Face hub.
         validation: Share of the training images to set apart, drawn by ``seed``, in [0, 1).
         seed: Of the division.
         train_images, test_images: Read only so many, the first in their order.
@@ -93,12 +94,15 @@ def load_images(
         DataError: An unknown name, a folder without the files, files of something else, or more images asked
             for than there are.
     """
-    if name not in DATASETS:
+    if name not in DATASETS and "/" not in name:
         raise DataError("unknown images", "--dataset", f"one of {', '.join(DATASETS)}", name)
     if not 0 <= validation < 1:
         raise DataError("no share of the images", "--validation", "from 0 on, below 1", validation)
     random = np.random.default_rng(np.random.SeedSequence([seed]))
-    train, test, names = _digits(random) if name == "digits" else _folder(name, data_dir)
+    if name == "digits":
+        train, test, names = _digits(random)
+    else:
+        train, test, names = _hub(name) if data_dir is None or "/" in name else _folder(name, data_dir)
     train, test = train.first(train_images, "--train_images"), test.first(test_images, "--test_images")
     for part, where in ((train, "train"), (test, "test")):
         if not len(part):
@@ -132,11 +136,23 @@ def _digits(random: np.random.Generator) -> tuple[LabelledImages, LabelledImages
     return *parts, tuple(str(digit) for digit in range(10))
 
 
-def _folder(name: str, data_dir: str | Path | None) -> tuple[LabelledImages, LabelledImages, tuple[str, ...]]:
+def _hint(name: str) -> str:
     hint = f"a folder with {name}/*.npz" + ("" if name == "cifar10" else f" or {name}/{_IDX['train'][0]}.gz")
-    hint += "; or --dataset digits, which needs none"
-    if data_dir is None:
-        raise DataError(f"{name} is not part of this package", "--data_dir", hint)
+    return f"{hint}; or --dataset digits, which needs none"
+
+
+def _hub(name: str) -> tuple[LabelledImages, LabelledImages, tuple[str, ...]]:
+    if name not in FOLDERS:
+        return hub_images(name)
+    try:
+        return hub_images(name)
+    except DataError as error:
+        what = f"{name} is not part of this package, and the hub does not give it"
+        raise DataError(what, "--data_dir", _hint(name), str(error)) from error
+
+
+def _folder(name: str, data_dir: str | Path) -> tuple[LabelledImages, LabelledImages, tuple[str, ...]]:
+    hint = _hint(name)
     names = _NAMES.get(name, tuple(str(digit) for digit in range(10)))
     for folder in (Path(data_dir) / name, Path(data_dir)):
         files = [[present(folder, stem) for stem in _IDX[part]] for part in ("train", "test")]

@@ -2,6 +2,8 @@
 
 import gzip
 import struct
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -182,3 +184,68 @@ def test_damaged_archives(tmp_path):
     np.savez(tmp_path / "cifar10.npz", x_train=objects, y_train=objects, x_test=objects, y_test=objects)
     with pytest.raises(DataError, match="cannot be read"):
         load_images("cifar10", tmp_path)
+
+
+class Image:
+    """The feature of a column of pictures."""
+
+
+def picture_rows(count, shape, *, names=("cat", "dog")):
+    pictures = [np.full(shape, index, np.uint8) for index in range(count)]
+    columns = {"img": pictures, "label": [index % 2 for index in range(count)]}
+    features = {"img": Image(), "label": SimpleNamespace(names=list(names))}
+    return SimpleNamespace(features=features, columns=columns)
+
+
+class Split:
+    def __init__(self, rows):
+        self.features, self.columns = rows.features, rows.columns
+
+    def __getitem__(self, column):
+        return self.columns[column]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Serves splits under whatever name is asked for."""
+
+    def serve(**splits):
+        asked = []
+
+        def load_dataset(path, config=None):
+            asked.append(path)
+            return {name: Split(rows) for name, rows in splits.items()}
+
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+        return asked
+
+    return serve
+
+
+@pytest.mark.parametrize("shape, colours", [((4, 5), 1), ((4, 5, 3), 3)])
+def test_images_of_the_hub(hub, shape, colours):
+    asked = hub(train=picture_rows(6, shape), test=picture_rows(3, shape))
+    for name, place in (("cifar10", "uoft-cs/cifar10"), ("someone/pictures", "someone/pictures")):
+        data = load_images(name, validation=0.4)
+        assert asked.pop() == place and not asked
+        assert data.image_shape == (colours, 4, 5) and data.class_names == ("cat", "dog")
+        assert [len(part) for part in (data.train, data.validation, data.test)] == [4, 2, 3]
+        assert data.test.labels.tolist() == [0, 1, 0]
+        assert data.test.images[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+def test_images_of_the_hub_that_cannot_be_used(hub):
+    small, large = picture_rows(3, (4, 4)), picture_rows(3, (5, 5))
+    hub(train=small)
+    with pytest.raises(DataError, match="a/b: the data set lacks a split; expected test"):
+        load_images("a/b")
+    large.columns["img"][0] = small.columns["img"][0]
+    hub(train=small, test=large)
+    with pytest.raises(DataError, match="a/b, split test: images of different sizes"):
+        load_images("a/b")
+    del small.features["img"]
+    hub(train=small, test=small)
+    with pytest.raises(DataError, match="a/b: no telling images from classes"):
+        load_images("a/b")
+    with pytest.raises(DataError, match="mnist is not part of this package, and the hub does not give it"):
+        load_images("mnist")
