@@ -152,7 +152,7 @@ def test_epochs_are_steps():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dataset=mnist"], "mnist is not part of this package, and the hub does not give it; expected a folder with mnist/"),
+        (["--dataset=mnist"], "mnist is not part of this package, and the hub does not give it; expected a"),
         (["--density=0"], "--density"),
         (["--density=1.5"], "--density"),
         (["--epsilon=70"], "epsilon: no number of edges for this layer; expected above 0, at most"),
