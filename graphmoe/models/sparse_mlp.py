@@ -12,7 +12,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from graphmoe.errors import ConfigError
 from graphmoe.models.sparse_mlp_configuration import SparseMLPConfig
+from graphmoe.nn.bare import is_bare
 from graphmoe.nn.sparse import ByteDropout, SparseLinear, feeds
+from graphmoe.ops.sparse_layers import Map, sparse_layers
 
 
 class SparseMLP(PreTrainedModel):
@@ -64,14 +66,33 @@ class SparseMLP(PreTrainedModel):
             expected = f"{self.config.input_size} values each"
             raise ConfigError("inputs of another size", "pixel_values", expected, tuple(pixel_values.shape))
         x, hidden = x.t().contiguous(), []  # [neurons, B]
-        for layer in self.layers[:-1]:
-            x = self.dropout(self.act(_feature_major(layer, x)))
-            hidden.append(x)
-        logits = _feature_major(self.layers[-1], x).t()
+        if self._as_one(x) and not output_hidden_states:
+            logits = sparse_layers(x, [_map_of(layer) for layer in self.layers], self._draw_masks(x)).t()
+        else:
+            for layer in self.layers[:-1]:
+                x = self.dropout(self.act(_feature_major(layer, x)))
+                hidden.append(x)
+            logits = _feature_major(self.layers[-1], x).t()
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = None if labels is None else F.cross_entropy(precise, labels)
         states = tuple(h.t() for h in hidden) if output_hidden_states else None
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states)
+
+    def _as_one(self, x: Tensor) -> bool:
+        """Whether all layers may be one operation: nobody listens to one of them, or gives it other messages,
+        and no precision is chosen for each."""
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return False
+        plain = self.config.hidden_act == "relu" and is_bare(self.dropout, ByteDropout)
+        return plain and all(
+            is_bare(layer) or (is_bare(layer, SparseLinear) and layer.conv.fuse) for layer in self.layers
+        )
+
+    def _draw_masks(self, x: Tensor) -> list[Tensor]:
+        """Masks of dropout for each hidden layer, none if all are 1."""
+        if not (self.training and self.dropout.dropped):
+            return []
+        return [self.dropout.draw_mask((size, x.size(1)), x) for size in self.config.hidden_sizes]
 
     def sparse_layers(self) -> list[SparseLinear]:
         """The layers that are not dense."""
@@ -97,8 +118,15 @@ class SparseMLP(PreTrainedModel):
             init.zeros_(module.bias)
 
 
+def _map_of(layer: nn.Module) -> Map:
+    graph = layer.topology() if isinstance(layer, SparseLinear) else None
+    return Map(graph, layer.weight, layer.bias)
+
+
 def _feature_major(layer: nn.Module, x: Tensor) -> Tensor:
     """A layer of either kind on ``x [in, B]``."""
     if isinstance(layer, SparseLinear):
         return layer(x, feature_major=True)
+    if not is_bare(layer):
+        return layer(x.t()).t()
     return torch.addmm(layer.bias.unsqueeze(1), layer.weight, x)

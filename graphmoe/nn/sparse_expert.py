@@ -7,6 +7,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.typing import Adj
 
 from graphmoe.errors import ConfigError
+from graphmoe.nn.bare import is_bare
 from graphmoe.nn.expert import ACTIVATIONS, ExpertConv
 from graphmoe.nn.sparse import SparseLinear, allocate_density
 from graphmoe.ops.expert_loop import HALVES, read_offsets
@@ -105,7 +106,8 @@ class SparseExpert(MessagePassing):
     @torch.compiler.disable
     def _sorted_rows(self, x: Tensor, token: Tensor, ptr: Tensor) -> Tensor:
         rows = x.index_select(0, token)  # [R, D]
-        if not self._heard:
+        # Who listens to single maps, as for growth by gradients, has them called.
+        if all(is_bare(layer, SparseLinear) for layer in (*self.gate_up_proj, *self.down_proj)):
             gate_up, down = (
                 [(layer.topology(), layer.weight) for layer in layers]
                 for layers in (self.gate_up_proj, self.down_proj)
@@ -114,13 +116,6 @@ class SparseExpert(MessagePassing):
         offsets = read_offsets(ptr, rows.size(0))
         parts = [self._apply_one(e, rows[low:high]) for e, (low, high) in enumerate(pairwise(offsets))]
         return torch.cat([*parts, torch.zeros_like(rows[offsets[-1] :])]).to(x.dtype)
-
-    @property
-    def _heard(self) -> bool:
-        """Whether somebody listens to single maps, which have to be called then, as for growth by
-        gradients."""
-        layers = (*self.gate_up_proj, *self.down_proj)
-        return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
     def _apply_one(self, index: int, rows: Tensor) -> Tensor:
         """Expert ``index`` on ``rows [r, D]``."""

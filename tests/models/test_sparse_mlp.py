@@ -48,6 +48,41 @@ def test_edge_form_and_a_gradient_for_every_parameter(double):
     assert_every_parameter_learns(model, model(x, labels=torch.arange(64) % 3).loss)
 
 
+def test_layers_in_one_operation_equal_layers_called_one_by_one(double):
+    model, x = small(dropout=0.3), torch.randn(40, 12)
+    labels, found = torch.arange(40) % 3, []
+    for alone in (False, True):
+        torch.manual_seed(3)
+        model.zero_grad()
+        heard = [layer.register_forward_hook(lambda *_: None) for layer in model.layers[:1] if alone]
+        out = model(x, labels=labels)
+        out.loss.backward()
+        assert (type(out.logits.grad_fn.next_functions[0][0]).__name__ == "_SparseLayersBackward") != alone
+        found.append([out.logits.detach(), *(p.grad for p in model.parameters())])
+        for hook in heard:
+            hook.remove()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_who_listens_to_a_layer_hears_it():
+    model, x, heard = small(), torch.randn(5, 12), []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _, args, out: heard.append(tuple(out.shape)))
+    model(x)
+    assert heard == [(9, 5), (7, 5), (5, 3)]  # samples are the rows of a dense layer
+
+
+def test_autocast_gives_dense_layers_their_precision():
+    model, x = small(dropout=0.0), torch.randn(5, 12)
+    exact = model(x, labels=torch.tensor([0, 1, 2, 0, 1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x, labels=torch.tensor([0, 1, 2, 0, 1]))
+    out.loss.backward()
+    assert out.logits.dtype == torch.bfloat16
+    torch.testing.assert_close(out.logits.float(), exact.logits, atol=3e-2, rtol=3e-2)
+
+
 def test_edges_are_counted_and_shared():
     config = SparseMLPConfig(num_labels=10)
     edges = [round(d * i * o) for d, (i, o) in zip(config.densities(), config.shapes(), strict=True)]

@@ -5,7 +5,7 @@ from torch_geometric.typing import Adj
 
 from graphmoe.errors import ConfigError
 from graphmoe.graph import one_end, weighted_edges
-from graphmoe.nn.couple.bare import is_bare
+from graphmoe.nn.bare import is_bare
 from graphmoe.nn.lazy import lazy_channels
 from graphmoe.nn.row_attention import RowAttention
 from graphmoe.ops.collaborate import collaborate

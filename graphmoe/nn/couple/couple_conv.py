@@ -7,7 +7,7 @@ from torch_geometric.typing import Adj, OptTensor
 
 from graphmoe.errors import GraphError
 from graphmoe.graph import both_ends, complete, weighted_edges
-from graphmoe.nn.couple.bare import is_bare
+from graphmoe.nn.bare import is_bare
 from graphmoe.nn.lazy import lazy_channels
 from graphmoe.ops.fold import look_up
 from graphmoe.ops.gated_update import gated_update, open_gates

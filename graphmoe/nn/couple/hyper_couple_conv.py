@@ -11,7 +11,7 @@ from torch_geometric.utils import softmax
 
 from graphmoe.errors import ConfigError
 from graphmoe.graph import one_end, to_edges
-from graphmoe.nn.couple.bare import is_bare
+from graphmoe.nn.bare import is_bare
 from graphmoe.nn.couple.hypergraph import build_hypergraph, check_strategy
 from graphmoe.nn.lazy import lazy_channels
 from graphmoe.ops.fold import (

@@ -1,3 +1,5 @@
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,10 +40,15 @@ class ByteDropout(nn.Module):
             return x
         if torch.compiler.is_compiling():
             return F.dropout(x, self.p)
-        words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64, device=x.device)
+        return x * self.draw_mask(x.shape, x)
+
+    def draw_mask(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """What values are multiplied with, 0 or ``1 / (1 - p)``; dtype and device are those of ``like``."""
+        count = math.prod(shape)
+        words = torch.empty(count // 8 + 1, dtype=torch.int64, device=like.device)
         # From the least int64 on: by default the sign would stay 0.
-        numbers = words.random_(-(2**63), None).view(torch.uint8)[: x.numel()].view(x.shape)
-        return x * (numbers >= self.dropped).to(x.dtype).mul_(1 / (1 - self.p))
+        numbers = words.random_(-(2**63), None).view(torch.uint8)[:count].view(shape)
+        return (numbers >= self.dropped).to(like.dtype).mul_(1 / (1 - self.p))
 
     def extra_repr(self) -> str:
         return f"p={self.p:g}"
