@@ -65,7 +65,7 @@ def _finals(ax: Axes, groups: Sequence[Group], key: str) -> None:
         if values:
             mean = float(np.mean(values))
             ax.vlines(mean, row - 0.32, row + 0.32, color=style.INK, linewidth=1.8, zorder=4)
-            text = f"{mean:.3f}"
+            text = f"{mean:.4f}"
             ax.annotate(
                 text, (1, row), xycoords=("axes fraction", "data"), xytext=(5, 0),
                 textcoords="offset points", va="center", fontsize=8, annotation_clip=False,
