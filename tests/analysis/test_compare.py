@@ -260,7 +260,7 @@ def test_every_seed_is_a_dot(records: list[RunRecord]):
         [1.90, 1.92, 1.94],
     ]
     assert [label.get_text() for label in finals.get_yticklabels()] == ["dense", "ghost", "moe"]
-    assert {text.get_text() for text in finals.texts} == {"2.010", "1.823", "1.920"}
+    assert {text.get_text() for text in finals.texts} == {"2.0100", "1.8233", "1.9200"}
 
 
 def test_steps_that_a_seed_lacks_are_left_out(tmp_path: Path):
