@@ -179,20 +179,28 @@ class Progress(Callback):
 
     Args:
         every: Steps between lines.
+        pause: Seconds between lines, at least; first and last step have theirs in any case.
         evaluation: What is scored meanwhile; its latest figures are shown.
         stream: Where to; standard error by default.
         unit: What a label of a batch is, for the speed.
     """
 
     def __init__(
-        self, *, every: int = 20, evaluation: Evaluate | None = None, stream=None, unit: str = "token"
+        self,
+        *,
+        every: int = 20,
+        pause: float = 2.0,
+        evaluation: Evaluate | None = None,
+        stream=None,
+        unit: str = "token",
     ):
-        self.every, self.evaluation, self.stream = every, evaluation, stream or sys.stderr
-        self.unit = unit
+        self.every, self.pause, self.evaluation = every, pause, evaluation
+        self.stream, self.unit = stream or sys.stderr, unit
         self.bar: tqdm | None = None
 
     def on_start(self, state: TrainState, model: nn.Module) -> None:
         self.began, self.first = time.perf_counter(), state.step
+        self.spoken = self.began
         self.quiet = not state.accelerator.is_main_process
         if not self.quiet and self.stream.isatty():
             self.bar = tqdm(
@@ -208,8 +216,9 @@ class Progress(Callback):
         if self.bar is not None:
             self.bar.set_postfix(figures, refresh=False)
             self.bar.update()
-        elif not self.quiet and (state.step % self.every == 0 or state.last or state.step == self.first + 1):
-            passed = time.perf_counter() - self.began
+        elif not self.quiet and self._is_time(state):
+            self.spoken = time.perf_counter()
+            passed = self.spoken - self.began
             left = passed / (state.step - self.first) * (state.max_steps - state.step)
             text = ", ".join(f"{name} {value}" for name, value in figures.items())
             speed = state.metrics["tokens"] * (state.step - self.first) / passed
@@ -217,6 +226,11 @@ class Progress(Callback):
                 f"step {state.step}/{state.max_steps}: {text}, {speed:,.0f} {self.unit}s/s, {passed:.0f} s "
                 f"passed, about {left:.0f} s left", file=self.stream, flush=True,
             )  # fmt: skip
+
+    def _is_time(self, state: TrainState) -> bool:
+        if state.last or state.step == self.first + 1:
+            return True
+        return state.step % self.every == 0 and time.perf_counter() - self.spoken >= self.pause
 
     def on_end(self, state: TrainState, model: nn.Module) -> None:
         if self.bar is not None:

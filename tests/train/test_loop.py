@@ -316,7 +316,7 @@ def test_metrics_and_plain_progress(tmp_path):
     windows = np.random.default_rng(0).integers(0, 31, (5, 9))
     log = MetricsLog(tmp_path)
     check = on.Evaluate(lambda m: {"loss": mean_loss(m, windows, batch_size=2), "bits_per_byte": 2.5}, log)
-    hooks = [Every(2, log), Every(3, check), on.Progress(every=3, evaluation=check, stream=stream)]
+    hooks = [Every(2, log), Every(3, check), on.Progress(every=3, pause=0, evaluation=check, stream=stream)]
     net = model()
     fit(net, batches, config(max_steps=6), tmp_path, callbacks=hooks)
     assert net.training
@@ -328,6 +328,12 @@ def test_metrics_and_plain_progress(tmp_path):
     printed = stream.getvalue().splitlines()
     assert [line.split(":")[0] for line in printed] == ["step 1/6", "step 3/6", "step 6/6"]
     assert "held-out bits/byte 2.500" in printed[1] and "s left" in printed[1]
+
+
+def test_quick_steps_do_not_fill_a_log(tmp_path):
+    stream = io.StringIO()
+    fit(model(), batches, config(max_steps=6), tmp_path, callbacks=[on.Progress(every=2, stream=stream)])
+    assert [line.split(":")[0] for line in stream.getvalue().splitlines()] == ["step 1/6", "step 6/6"]
 
 
 def test_mean_loss_by_hand():
