@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from graphmoe.errors import GraphError
 from graphmoe.ops.spmm import end_products, sparse_product
 from graphmoe.ops.topology import Topology
 
@@ -41,12 +42,32 @@ def sparse_layers(x: Tensor, maps: Sequence[Map], masks: Sequence[Tensor] = ()) 
 
     Returns:
         ``[out, B]``.
+
+    Raises:
+        GraphError: A layer that does not take what the one before it gives, or of other numbers of weights or
+            biases than of edges and neurons.
     """
+    channels = x.size(0)
+    for one in maps:
+        channels = _check(one, channels)
     dtype = torch.promote_types(x.dtype, maps[0].weight.dtype)
     inner = torch.promote_types(dtype, torch.float32)
     weights = [tensor.to(inner) for one in maps for tensor in (one.weight, one.bias)]
     graphs = [one.graph for one in maps]
     return _SparseLayers.apply(x.to(inner).contiguous(), graphs, masks, *weights).to(dtype)
+
+
+def _check(one: Map, channels: int) -> int:
+    """Channels that come out of a layer, if ``channels`` may go in."""
+    graph, weight, bias = one
+    sources, targets = reversed(weight.shape) if graph is None else (graph.num_sources, graph.num_targets)
+    if sources != channels:
+        raise GraphError("layer of other channels", "maps", f"{channels} sources", sources)
+    if graph is not None and weight.shape != (graph.num_edges,):
+        raise GraphError("not one weight an edge", "weight", f"[{graph.num_edges}]", tuple(weight.shape))
+    if bias.shape != (targets,):
+        raise GraphError("not one bias a target", "bias", f"[{targets}]", tuple(bias.shape))
+    return targets
 
 
 class _SparseLayers(torch.autograd.Function):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from graphmoe.errors import GraphError
 from graphmoe.nn import SparseLinear
 from graphmoe.ops.sparse_layers import Map, sparse_layers
 from graphmoe.ops.spmm import spmm
@@ -93,6 +94,21 @@ def test_edges_moved_before_the_gradient_are_an_error():
     layer.rewire(0.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+BAD = {
+    "layer of other channels": lambda maps: [maps[0], maps[2]],
+    "not one weight an edge": lambda maps: [maps[0]._replace(weight=maps[0].weight[1:])],
+    "not one bias a target": lambda maps: [maps[0]._replace(bias=maps[0].bias[1:])],
+}
+
+
+@pytest.mark.parametrize("match", BAD)
+def test_layers_that_do_not_fit(match):
+    with pytest.raises(GraphError, match=match):
+        sparse_layers(torch.randn(6, 4), BAD[match](stack()))
+    with pytest.raises(GraphError, match="layer of other channels"):
+        sparse_layers(torch.randn(5, 4), stack())
 
 
 def test_no_samples():
