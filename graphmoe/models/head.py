@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from graphmoe.nn.bare import is_bare
 from graphmoe.ops.cross_entropy import linear_cross_entropy
 
 IGNORE = -100
@@ -48,6 +49,4 @@ def next_token_loss(
 
 
 def _is_plain(lm_head: nn.Module) -> bool:
-    hooks = (lm_head._forward_hooks, lm_head._forward_pre_hooks, lm_head._backward_hooks)
-    own = type(lm_head) is nn.Linear and type(lm_head.weight) is nn.Parameter and lm_head.bias is None
-    return own and not any(hooks) and not lm_head._backward_pre_hooks
+    return is_bare(lm_head) and type(lm_head.weight) is nn.Parameter and lm_head.bias is None

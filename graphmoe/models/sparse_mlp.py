@@ -1,7 +1,5 @@
 """A classifier whose weights are edges: neurons that feed neurons."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,9 +47,7 @@ class SparseMLP(PreTrainedModel):
             nn.Linear(*shape) if density == 1 else SparseLinear(*shape, density) for shape, density in layers
         )
         self.dropout = ByteDropout(config.dropout)
-        # What an activation is given is seen by nobody else; of the three only ReLU does not need it again.
-        in_place = config.hidden_act == "relu"
-        self.act = partial(F.relu, inplace=True) if in_place else getattr(F, config.hidden_act)
+        self.act = getattr(F, config.hidden_act)
         self.post_init()
 
     def forward(
@@ -90,7 +86,7 @@ class SparseMLP(PreTrainedModel):
 
     def _draw_masks(self, x: Tensor) -> list[Tensor]:
         """Masks of dropout for each hidden layer, none if all are 1."""
-        if not (self.training and self.dropout.dropped):
+        if not self.dropout.is_active:
             return []
         return [self.dropout.draw_mask((size, x.size(1)), x) for size in self.config.hidden_sizes]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from graphmoe.errors import GraphError
-from graphmoe.ops.spmm import end_products, sparse_product
+from graphmoe.ops.spmm import check_bias, check_weights, end_products, sparse_product, transposed_product
 from graphmoe.ops.topology import Topology
 
 
@@ -63,10 +63,9 @@ def _check(one: Map, channels: int) -> int:
     sources, targets = reversed(weight.shape) if graph is None else (graph.num_sources, graph.num_targets)
     if sources != channels:
         raise GraphError("layer of other channels", "maps", f"{channels} sources", sources)
-    if graph is not None and weight.shape != (graph.num_edges,):
-        raise GraphError("not one weight an edge", "weight", f"[{graph.num_edges}]", tuple(weight.shape))
-    if bias.shape != (targets,):
-        raise GraphError("not one bias a target", "bias", f"[{targets}]", tuple(bias.shape))
+    if graph is not None:
+        check_weights(graph, weight)
+    check_bias(bias, targets)
     return targets
 
 
@@ -83,16 +82,17 @@ class _SparseLayers(torch.autograd.Function):
             if index < last:
                 inputs.append(out.relu_().mul_(masks[index]) if masks else out.relu_())
         if any(ctx.needs_input_grad):
-            ctx.graphs, ctx.masks = graphs, masks
+            ctx.graphs = graphs
             # What lays edges out anew moves the weights, too, which autograd notices.
-            ctx.save_for_backward(*weights[::2], *inputs)
+            ctx.save_for_backward(*weights[::2], *inputs, *masks)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         count, (of_x, _, _, *needed) = len(ctx.graphs), ctx.needs_input_grad
-        weights, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors
+        weights, inputs, masks = saved[:count], saved[count : 2 * count], saved[2 * count :]
         grads: list[Tensor | None] = [None] * (2 * count)
         for index in reversed(range(count)):
             graph, weight, x, grad = ctx.graphs[index], weights[index], inputs[index], grad.contiguous()
@@ -106,10 +106,9 @@ class _SparseLayers(torch.autograd.Function):
             if graph is None:
                 grad = weight.t() @ grad
             else:
-                by_source = weight.index_select(0, graph.perm)
-                grad = sparse_product(graph.ptr_t, graph.target_t, by_source, grad)
+                grad = transposed_product(graph.ptr_t, graph.target_t, graph.perm, weight, grad)
             if index:
                 # A masked value is 0, as one that ReLU has cut is.
                 torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
-                grad = grad.mul_(ctx.masks[index - 1]) if ctx.masks else grad
+                grad = grad.mul_(masks[index - 1]) if masks else grad
         return grad if of_x else None, None, None, *grads

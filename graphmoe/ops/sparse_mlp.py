@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from graphmoe.ops.expert_loop import HALVES, activate, activate_back, read_offsets
 from graphmoe.ops.memory import empty
-from graphmoe.ops.spmm import end_products, sparse_product
+from graphmoe.ops.spmm import end_products, sparse_product, transposed_product
 from graphmoe.ops.topology import Topology
 
 PIECE_ROWS = 192
@@ -84,7 +84,9 @@ class _SparseMLP(torch.autograd.Function):
             first, second = ctx.graphs[expert], ctx.graphs[experts + expert]
             one, two = expert, experts + expert
             grad_out, x = grad[here].t().contiguous(), rows[here].t().contiguous()
-            grad_active = _back(second, weights[two], grad_out)
+            grad_active = transposed_product(
+                second.ptr_t, second.target_t, second.perm, weights[two], grad_out
+            )
             active, spare, grad_pre = (empty(pre, *t.shape) for t in (grad_active, grad_active, pre))
             halves = HALVES[ctx.activation]
             activate_back(
@@ -92,13 +94,10 @@ class _SparseMLP(torch.autograd.Function):
             )
             grads[two] += end_products(second.ptr, second.source, grad_out, active)
             grads[one] += end_products(first.ptr, first.source, grad_pre, x)
-            grad_rows[here] = _back(first, weights[one], grad_pre).t()
+            grad_rows[here] = transposed_product(
+                first.ptr_t, first.target_t, first.perm, weights[one], grad_pre
+            ).t()
         return grad_rows, None, None, None, *grads
-
-
-def _back(graph: Topology, weight: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of the sources ``[N, r]`` of that of the targets."""
-    return sparse_product(graph.ptr_t, graph.target_t, weight.index_select(0, graph.perm), grad)
 
 
 def _pieces(offsets: list[int]) -> list[tuple[int, slice]]:

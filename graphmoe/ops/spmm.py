@@ -58,10 +58,8 @@ def spmm(
     graph = topology_of(edge_index, (x.size(0), num_targets))
     if weight is None:
         weight = x.new_ones(graph.num_edges)
-    if weight.shape != (graph.num_edges,):
-        raise GraphError("not one weight an edge", "weight", f"[{graph.num_edges}]", tuple(weight.shape))
-    if bias is not None and bias.shape != (graph.num_targets,):
-        raise GraphError("not one bias a target", "bias", f"[{graph.num_targets}]", tuple(bias.shape))
+    check_weights(graph, weight)
+    check_bias(bias, graph.num_targets)
     dtype = torch.promote_types(weight.dtype, x.dtype)
     if not dtype.is_floating_point:
         raise GraphError("no floating-point numbers", "x", "float32 or float64", str(x.dtype))
@@ -75,6 +73,18 @@ def spmm(
     return (out if bias is None else out + bias.unsqueeze(1)).to(dtype)
 
 
+def check_weights(graph: Topology, weight: Tensor) -> None:
+    """Raise a :class:`~graphmoe.errors.GraphError` unless there is one weight an edge."""
+    if weight.shape != (graph.num_edges,):
+        raise GraphError("not one weight an edge", "weight", f"[{graph.num_edges}]", tuple(weight.shape))
+
+
+def check_bias(bias: Tensor | None, targets: int) -> None:
+    """Raise a :class:`~graphmoe.errors.GraphError` if there are biases, but not one a target."""
+    if bias is not None and bias.shape != (targets,):
+        raise GraphError("not one bias a target", "bias", f"[{targets}]", tuple(bias.shape))
+
+
 def sparse_product(ptr: Tensor, index: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """A sparse matrix times ``x [N, F]``, without gradients. Its rows begin at ``ptr [R + 1]``, its columns
     are ``index [M]``, both int32 and checked before; its values are ``weight [M]``. Returns ``[R, F]``."""
@@ -86,6 +96,12 @@ def sparse_product(ptr: Tensor, index: Tensor, weight: Tensor, x: Tensor) -> Ten
         return out
     matrix = torch.sparse_csr_tensor(ptr, index, weight, (rows, x.size(0)), check_invariants=False)
     return out.addmm_(matrix, x)
+
+
+def transposed_product(ptr_t: Tensor, target_t: Tensor, perm: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """The transposed matrix of :func:`sparse_product` times ``x [R, F]``, by the compressed form of a
+    :class:`Topology` by source, to which ``perm`` takes the weights. Returns ``[N, F]``."""
+    return sparse_product(ptr_t, target_t, weight.index_select(0, perm), x)
 
 
 def _as_bags(rows: int, x: Tensor) -> bool:
@@ -119,7 +135,7 @@ def _gradients(
         found = end_products(ptr, source, grad, x)
         grad_weight = found if order is None else torch.empty_like(found).index_copy_(0, order, found)
     if needed[1]:
-        grad_x = sparse_product(ptr_t, target_t, weight.index_select(0, perm), grad)
+        grad_x = transposed_product(ptr_t, target_t, perm, weight, grad)
     return grad_weight, grad_x
 
 

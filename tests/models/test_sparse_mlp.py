@@ -73,6 +73,21 @@ def test_who_listens_to_a_layer_hears_it():
     assert heard == [(9, 5), (7, 5), (5, 3)]  # samples are the rows of a dense layer
 
 
+def test_who_listens_to_gradients_of_a_layer_hears_them():
+    model, heard = small(), []
+    for layer in model.layers:
+        layer.register_full_backward_hook(lambda *_: heard.append(1))
+    model(torch.randn(5, 12, requires_grad=True), labels=torch.tensor([0, 1, 2, 0, 1])).loss.backward()
+    assert len(heard) == 3
+
+
+def test_dropout_alone_may_be_in_training():
+    model, x = small(dropout=0.5).eval(), torch.randn(5, 12)
+    assert torch.equal(model(x).logits, model(x).logits)
+    model.dropout.train()
+    assert not torch.equal(model(x).logits, model(x).logits)
+
+
 def test_autocast_gives_dense_layers_their_precision():
     model, x = small(dropout=0.0), torch.randn(5, 12)
     exact = model(x, labels=torch.tensor([0, 1, 2, 0, 1]))

@@ -35,8 +35,13 @@ class ByteDropout(nn.Module):
         """The chance that is applied."""
         return self.dropped / 256
 
+    @property
+    def is_active(self) -> bool:
+        """Whether anything is dropped now."""
+        return self.training and self.dropped > 0
+
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.dropped:
+        if not self.is_active:
             return x
         if torch.compiler.is_compiling():
             return F.dropout(x, self.p)
